@@ -1,0 +1,1 @@
+"""A RetinaNet-style detector: see README.md for use, docs/ for the reasons."""

@@ -1,0 +1,126 @@
+"""The dense anchors of an image size (Lin et al. 2017, section 4), and which objects they can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+STRIDES = (8, 16, 32, 64, 128)
+"""Of the pyramid's levels P3..P7."""
+
+
+class AnchorGenerator(nn.Module):
+    """Anchors for every cell of every level, computed once per image size and kept.
+
+    Holds no parameters. Order: levels, then cells row by row, then a = ratio * num_sizes + size.
+
+    Args:
+        sizes: per level, the side in pixels of a square anchor, or several.
+        octave_scales: factors on each size.
+        ratios: height / width; area stays.
+        strides: pixels between cells per level, or "grid": padded size // feature map size.
+        center_offset: centre of a cell's anchors, in strides from its corner.
+        rounding: "integer" rounds the corners relative to the centre, as torchvision does.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[float | Sequence[float]],
+        octave_scales: Sequence[float],
+        *,
+        ratios: Sequence[float],
+        strides: Sequence[float] | Literal["grid"],
+        center_offset: float,
+        rounding: Literal["none", "integer"],
+    ) -> None:
+        super().__init__()
+        self.strides = strides
+        self.center_offset = center_offset
+        self.cells = [_cell_anchors(s, octave_scales, ratios, rounding) for s in sizes]
+        self._cache: dict[tuple[object, ...], Tensor] = {}
+
+    @property
+    def num_per_cell(self) -> int:
+        """Anchors of one cell."""
+        return len(self.cells[0])
+
+    def forward(self, image_size: tuple[int, int], grids: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+        """Anchors (A, 4) of a padded image size (height, width) whose levels have these grids (height, width)."""
+        key = (image_size, tuple(grids), device)
+        if key not in self._cache:
+            if len(self._cache) >= 64:  # multi-scale batches of odd sizes must not fill the memory
+                self._cache.clear()
+            levels = [self._level(level, image_size, grid) for level, grid in enumerate(grids)]
+            self._cache[key] = torch.cat(levels).to(device)
+        return self._cache[key]
+
+    def level_strides(self, level: int, image_size: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float]:
+        """Vertical and horizontal distance of a level's cells in pixels."""
+        if self.strides == "grid":
+            return float(image_size[0] // grid[0]), float(image_size[1] // grid[1])
+        return float(self.strides[level]), float(self.strides[level])
+
+    def _level(self, level: int, image_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        stride_y, stride_x = self.level_strides(level, image_size, grid)
+        y = (torch.arange(grid[0], dtype=torch.float32) + self.center_offset) * stride_y
+        x = (torch.arange(grid[1], dtype=torch.float32) + self.center_offset) * stride_x
+        yy, xx = torch.meshgrid(y, x, indexing="ij")
+        centers = torch.stack([xx, yy, xx, yy], dim=-1).reshape(-1, 1, 4)
+        return (centers + self.cells[level]).reshape(-1, 4)
+
+
+def _cell_anchors(
+    sizes: float | Sequence[float], octave_scales: Sequence[float], ratios: Sequence[float], rounding: str
+) -> Tensor:
+    """(ratios * sizes * scales, 4) anchors around the origin."""
+    several = (sizes,) if isinstance(sizes, (int, float)) else tuple(sizes)
+    sides = torch.tensor([s * scale for s in several for scale in octave_scales], dtype=torch.float32)
+    stretch = torch.tensor(ratios, dtype=torch.float32).sqrt()
+    height = (stretch[:, None] * sides[None, :]).flatten()
+    width = ((1 / stretch)[:, None] * sides[None, :]).flatten()
+    corners = torch.stack([-width, -height, width, height], dim=1) / 2
+    return corners.round() if rounding == "integer" else corners
+
+
+def pyramid_grids(image_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """(height, width) in cells of P3..P7 for a padded image size: each level halves, rounding up."""
+    height, width = image_size
+    return [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
+
+
+def best_anchor_iou(generator: AnchorGenerator, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Highest overlap that any anchor has with each box, without building the anchors.
+
+    All anchors of one shape on one level overlap a box the more the nearer their centre is to the box's, along each
+    axis by itself, so the nearest cell decides: 5 levels x 9 shapes to look at per box instead of 100,000 anchors.
+
+    Args:
+        generator: the anchors in question.
+        boxes: (N, 4) in pixels of the network input.
+        image_size: its padded height and width.
+
+    Returns:
+        (N,) intersection over union.
+    """
+    best = boxes.new_zeros(len(boxes))
+    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+    center_x, center_y = ((boxes[:, 2:] + boxes[:, :2]) / 2).unbind(1)
+    for level, grid in enumerate(pyramid_grids(image_size)):
+        stride_y, stride_x = generator.level_strides(level, image_size, grid)
+        off_x = _distance_to_grid(center_x, stride_x, generator.center_offset, grid[1])
+        off_y = _distance_to_grid(center_y, stride_y, generator.center_offset, grid[0])
+        for anchor in generator.cells[level]:
+            anchor_w, anchor_h = anchor[2] - anchor[0], anchor[3] - anchor[1]
+            overlap_x = (torch.minimum((anchor_w + width) / 2 - off_x, torch.minimum(anchor_w, width))).clamp(min=0)
+            overlap_y = (torch.minimum((anchor_h + height) / 2 - off_y, torch.minimum(anchor_h, height))).clamp(min=0)
+            inter = overlap_x * overlap_y
+            best = torch.maximum(best, inter / (width * height + anchor_w * anchor_h - inter))
+    return best
+
+
+def _distance_to_grid(center: Tensor, stride: float, offset: float, cells: int) -> Tensor:
+    nearest = (center / stride - offset).round().clamp(0, cells - 1)
+    return ((nearest + offset) * stride - center).abs()

@@ -1,0 +1,60 @@
+"""Pure functions on boxes. Boxes are xyxy in pixels, half-open: width = x2 - x1.
+
+What torchvision has (areas, intersection over union, clipping, suppression) is used from torchvision.ops where needed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MAX_LOG_SIZE = math.log(1000 / 16)
+"""Bound of a predicted dw or dh, so that exp() stays finite: an anchor grows at most 62.5-fold (Detectron's value)."""
+
+
+def xyxy_to_xywh(boxes: Tensor) -> Tensor:
+    """(..., 4) corners to (..., 4) left, top, width, height."""
+    return torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], dim=-1)
+
+
+def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Boxes as seen from their anchors: dx, dy, dw, dh (Girshick et al. 2014, appendix C), all weights 1.
+
+    boxes, anchors: (..., 4) with positive sizes; returns (..., 4).
+    """
+    anchor_size = anchors[..., 2:] - anchors[..., :2]
+    size = boxes[..., 2:] - boxes[..., :2]
+    shift = (boxes[..., :2] + 0.5 * size) - (anchors[..., :2] + 0.5 * anchor_size)
+    return torch.cat([shift / anchor_size, torch.log(size / anchor_size)], dim=-1)
+
+
+def decode(deltas: Tensor, anchors: Tensor) -> Tensor:
+    """The inverse of `encode`, with dw and dh bounded by `MAX_LOG_SIZE`; (..., 4) each."""
+    anchor_size = anchors[..., 2:] - anchors[..., :2]
+    center = anchors[..., :2] + 0.5 * anchor_size + deltas[..., :2] * anchor_size
+    half = 0.5 * anchor_size * torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SIZE))
+    return torch.cat([center - half, center + half], dim=-1)
+
+
+def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Intersection over union of (..., N, 4) with (..., M, 4): (..., N, M); 0 where a box is empty.
+
+    torchvision.ops.box_iou for batches; pairs of empty boxes (padding) give 0 instead of NaN.
+    """
+    inter = pairwise_intersection(boxes1, boxes2)
+    union = area(boxes1)[..., :, None] + area(boxes2)[..., None, :] - inter
+    return torch.where(inter > 0, inter / union, inter)
+
+
+def pairwise_intersection(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Area shared by (..., N, 4) and (..., M, 4) boxes: (..., N, M) in square pixels."""
+    low = torch.maximum(boxes1[..., :, None, :2], boxes2[..., None, :, :2])
+    high = torch.minimum(boxes1[..., :, None, 2:], boxes2[..., None, :, 2:])
+    return (high - low).clamp(min=0).prod(dim=-1)
+
+
+def area(boxes: Tensor) -> Tensor:
+    """(..., 4) to (...), square pixels."""
+    return (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)

@@ -1,0 +1,589 @@
+"""Every setting of the detector: its type, default, unit and reason; and how YAML becomes a `Config`.
+
+A config is read as: the files named by `_base_`, then the file itself, then `key=value` overrides. Mappings merge,
+lists replace, null removes. All mistakes of all sources are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Five = Annotated[tuple[Positive, ...], Field(min_length=5, max_length=5)]
+
+Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d"]
+Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, and an unknown key is an error rather than ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class HeadConfig(Section):
+    """The class and the box subnet (Lin et al. 2017, section 4): the same shape, separate weights."""
+
+    depth: Annotated[int, Field(ge=0)] = 4  # 3x3 convolutions before the last one
+    channels: PositiveInt | None = None  # of those convolutions; null: as many as the pyramid has
+    norm: Literal["none", "gn"] = (
+        "none"  # after each convolution; gn: GroupNorm of 32 groups, convolutions without bias
+    )
+    prior_prob: Annotated[float, Field(gt=0, lt=1)] = 0.01  # score of every anchor before training (section 4.1)
+
+
+class AnchorConfig(Section):
+    """Boxes laid over every cell of P3..P7 (Lin et al. 2017, section 4)."""
+
+    # Side of a square anchor in pixels of the network input, per level P3..P7; or a list per level, which then holds
+    # the sides themselves and needs octave_scales: [1.0].
+    sizes: Annotated[tuple[Positive | tuple[Positive, ...], ...], Field(min_length=5, max_length=5)] = (
+        32.0, 64.0, 128.0, 256.0, 512.0,
+    )  # fmt: skip
+    octave_scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
+    ratios: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 2.0)  # height / width, at equal area
+    # Pixels between neighbouring anchors, per level; grid: padded image size // feature map size (torchvision's rule).
+    strides: Five | Literal["grid"] = (8.0, 16.0, 32.0, 64.0, 128.0)
+    # Where in its cell an anchor's centre lies, in strides. 0.5 is the middle: anchors then lie alike towards all four
+    # borders, so a mirrored image has mirrored targets. torchvision, detectron2 and mmdetection use 0, the corner.
+    center_offset: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    rounding: Literal["none", "integer"] = "none"  # integer: corners around the centre rounded (torchvision)
+
+    @model_validator(mode="after")
+    def _sizes_of_equal_length(self) -> AnchorConfig:
+        lengths = {len(s) if isinstance(s, tuple) else 1 for s in self.sizes}
+        if len(lengths) > 1:
+            raise ValueError(f"sizes must give the same number of anchor sizes for each level, got {self.sizes}")
+        return self
+
+
+class ModelConfig(Section):
+    """The network; stored in every checkpoint and not to be changed afterwards."""
+
+    backbone: Backbone = "resnet50"
+    backbone_weights: str = "imagenet"  # imagenet (torchvision's download), none, or a .pt/.pth/.npz/.safetensors file
+    # How many of the five parts (stem, layer1..layer4) are trained, counted from the top. null: 3 with weights (the
+    # paper's), 5 without.
+    trainable_layers: Annotated[int, Field(ge=0, le=5)] | None = None
+    norm: Norm = "frozen_bn"  # of the backbone. frozen_bn: batch norm with the statistics that came with the weights
+    norm_eps: Positive = 1e-5
+    fpn_channels: PositiveInt = 256
+    p6_from: Literal["c5", "p5"] = "c5"
+    relu_before_p7: bool = True
+    head: HeadConfig = HeadConfig()
+    anchors: AnchorConfig = AnchorConfig()
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB 0..255; ImageNet's
+    pixel_std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)
+    # multiple_128: height and width padded to multiples of 128, the stride of P7, so that every level's grid is exact
+    # and a run sees few shapes. batch_max_32: to the largest of the batch, rounded up to 32 (torchvision, detectron2,
+    # mmdetection; less waste on small images).
+    pad: Literal["multiple_128", "batch_max_32"] = "multiple_128"
+
+    @model_validator(mode="after")
+    def _freezes_only_what_is_known(self) -> ModelConfig:
+        if self.backbone_weights == "none" and self.trainable_layers not in (None, 5):
+            raise ValueError(
+                f"trainable_layers must be 5 (or null) with backbone_weights none, got {self.trainable_layers}: "
+                "random layers would stay random; train them all, or name weights"
+            )
+        if self.backbone_weights == "none" and self.norm == "frozen_bn":
+            raise ValueError(
+                "norm must not be frozen_bn with backbone_weights none: there are no statistics to freeze; "
+                "set model.norm=bn (or gn, which suits small batches)"
+            )
+        return self
+
+    @property
+    def num_trainable_layers(self) -> int:
+        """`trainable_layers` with its default filled in."""
+        if self.trainable_layers is not None:
+            return self.trainable_layers
+        return 5 if self.backbone_weights == "none" else 3
+
+
+class MatchingConfig(Section):
+    """Which anchor answers for which object (Lin et al. 2017, section 4)."""
+
+    fg_iou_thresh: Fraction = 0.5  # an anchor overlapping an object at least so much is positive
+    bg_iou_thresh: Fraction = 0.4  # below this it is background; in between it is ignored
+    # Give every object at least its best anchor, however bad. The paper does not; torchvision and detectron2 do.
+    low_quality_matches: bool = False
+    # Keep anchors that lie at least half in a crowd or ignore region out of the negatives.
+    ignore_regions: bool = True
+
+    @model_validator(mode="after")
+    def _ordered(self) -> MatchingConfig:
+        if self.bg_iou_thresh > self.fg_iou_thresh:
+            raise ValueError(
+                f"bg_iou_thresh must not exceed fg_iou_thresh, got {self.bg_iou_thresh} > {self.fg_iou_thresh}"
+            )
+        return self
+
+
+class LossConfig(Section):
+    """Focal loss on all anchors plus a box loss on the positive ones (Lin et al. 2017, section 3)."""
+
+    cls: Literal["focal"] = "focal"
+    alpha: Fraction | None = 0.25  # weight of positives, 1 - alpha of negatives; null: both 1
+    gamma: NonNegative = 2.0  # 0 is cross entropy
+    box: Literal["smooth_l1", "l1", "giou"] = "smooth_l1"
+    # Where smooth L1 turns from square to straight, in encoded units. The paper is silent; its code used 1/9.
+    smooth_l1_beta: Positive = 1 / 9
+    box_weight: Positive = 1.0
+    # global: sums over the whole optimizer step divided by its positive anchors (the paper); per_image: each image
+    # by its own, then the mean of images (torchvision).
+    normalizer: Literal["global", "per_image"] = "global"
+
+
+class PostprocessConfig(Section):
+    """From scores of all anchors to a list of objects (Lin et al. 2017, section 4, "Inference")."""
+
+    score_thresh: Fraction = 0.05
+    topk_candidates: PositiveInt = 1000  # per level, before non-maximum suppression
+    nms_thresh: Fraction = 0.5
+    detections_per_img: PositiveInt = 100
+
+
+class SplitConfig(Section):
+    """A set of pictures and its COCO-format annotations."""
+
+    images: str
+    annotations: str
+
+
+class DataConfig(Section):
+    """What is read, checked, augmented and resized."""
+
+    train: SplitConfig | None = None
+    val: SplitConfig | None = None
+    test: SplitConfig | None = None
+    # Short side in pixels; a list draws one of them for every step (multi-scale training).
+    min_size: PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = 800
+    max_size: PositiveInt = 1333  # bound of the long side
+    eval_min_size: PositiveInt | None = None  # short side outside training; null: the largest of min_size
+    hflip: Fraction = 0.5  # chance of mirroring a training picture
+    # albumentations transforms, in order, on the picture as read from the file (before resizing), for example
+    # - RandomBrightnessContrast: {brightness_limit: 0.2, p: 0.5}
+    augment: tuple[dict[str, dict[str, Any]], ...] = ()
+    augment_min_visibility: Fraction = 0.3  # objects of which a crop leaves less are dropped from that view
+    aspect_ratio_grouping: bool = True  # batches are all landscape or all portrait, which saves padding
+    num_workers: Annotated[int, Field(ge=0)] = 2
+    # header: every file is there and of the right size; decode: and can be read to its end; auto: decode up to 5,000
+    # images (remembered), headers above.
+    verify: Literal["auto", "header", "decode", "none"] = "auto"
+    on_error: Literal["fail", "skip"] = "fail"  # what to do about images and entries that cannot be used
+    # EXIF orientation. auto: as the majority of images shows whose JSON size tells the two apart.
+    exif: Literal["auto", "apply", "ignore"] = "auto"
+
+    @property
+    def train_sizes(self) -> tuple[int, ...]:
+        """The short sides of training."""
+        return self.min_size if isinstance(self.min_size, tuple) else (self.min_size,)
+
+    @property
+    def eval_size(self) -> int:
+        """The short side of evaluation and prediction."""
+        return self.eval_min_size or max(self.train_sizes)
+
+    @model_validator(mode="after")
+    def _one_transform_each(self) -> DataConfig:
+        for i, step in enumerate(self.augment):
+            if len(step) != 1:
+                raise ValueError(f"augment[{i}] must be one transform, `- Name: {{arguments}}`, got {step}")
+        return self
+
+
+class EmaConfig(Section):
+    """Exponential moving average of the weights, which is then what is evaluated and used."""
+
+    # Share of the old average kept per step, reached by way of (1 + step) / (10 + step), so that a run of a few
+    # hundred steps (a few hundred images) is averaged too rather than stuck at its initial weights.
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+
+
+class TrainConfig(Section):
+    """The training run."""
+
+    epochs: PositiveInt = 12
+    batch_size: PositiveInt = 16  # images per optimizer step, over all processes and micro-batches
+    micro_batch: PositiveInt | None = None  # images per forward pass and process; null: all of the process's share
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware has it, else fp32
+    compile: Literal["auto"] | bool = "auto"  # torch.compile; auto: on CUDA yes, on CPU no (measured: no gain)
+    channels_last: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+    init_from: str | None = None  # a checkpoint to fine-tune from; also --init-from
+    ema: EmaConfig | None = None
+    checkpoint_every_steps: PositiveInt | None = None  # besides every epoch
+    early_stop_patience: PositiveInt | None = None  # evaluations without a better AP before stopping
+    log_every: PositiveInt = 20  # steps
+    images_every_epochs: Annotated[int, Field(ge=0)] = 1  # predictions beside ground truth in TensorBoard; 0: never
+
+
+class OptimConfig(Section):
+    """Optimizer and learning rate."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Positive = 0.01  # for lr_batch_size images a step (Lin et al. 2017, section 4.1)
+    lr_batch_size: PositiveInt = 16
+    scale_lr: bool = True  # by batch_size / lr_batch_size: linearly for SGD, by the square root for AdamW
+    momentum: Fraction = 0.9  # SGD
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # AdamW
+    weight_decay: NonNegative = 1e-4
+    norm_bias_decay: bool = False  # decay norms and biases too
+    backbone_lr_factor: NonNegative = 1.0
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    # Fractions of the run after which the rate is multiplied by gamma (multistep): 60,000 and 80,000 of 90,000.
+    milestones: tuple[Fraction, ...] = (2 / 3, 8 / 9)
+    gamma: Positive = 0.1
+    final_lr_factor: Fraction = 0.0  # of the rate at the end of a cosine
+    warmup_steps: Annotated[int, Field(ge=0)] = 500  # clamped, with a warning, to the length of a shorter run
+    warmup_factor: Fraction = 0.001  # share of the rate at step 0, growing linearly
+    clip_grad_norm: Positive | None = None
+
+    @model_validator(mode="after")
+    def _milestones_ordered(self) -> OptimConfig:
+        if list(self.milestones) != sorted(self.milestones):
+            raise ValueError(f"milestones must ascend, got {list(self.milestones)}")
+        return self
+
+
+class EvalConfig(Section):
+    """How detections are scored."""
+
+    every_epochs: PositiveInt = 1  # the last epoch is always evaluated
+    engine: Literal["hotcoco", "pycocotools"] = "hotcoco"  # the same numbers; hotcoco is some hundred times faster
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    batch_size: PositiveInt | None = None  # null: train.batch_size (or micro_batch)
+    max_dets: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 10, 100)
+
+    @model_validator(mode="after")
+    def _max_dets_ordered(self) -> EvalConfig:
+        if list(self.max_dets) != sorted(set(self.max_dets)):
+            raise ValueError(f"max_dets must be three ascending numbers, got {list(self.max_dets)}")
+        return self
+
+
+class Config(Section):
+    """A whole run. The number of classes is not here: it is read from the annotations."""
+
+    model: ModelConfig = ModelConfig()
+    matching: MatchingConfig = MatchingConfig()
+    loss: LossConfig = LossConfig()
+    postprocess: PostprocessConfig = PostprocessConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if (self.train.micro_batch or 0) > self.train.batch_size:
+            raise ValueError(
+                f"train.micro_batch must not exceed train.batch_size, got {self.train.micro_batch} > "
+                f"{self.train.batch_size}"
+            )
+        if max(self.data.train_sizes) > self.data.max_size or self.data.eval_size > self.data.max_size:
+            raise ValueError(
+                f"data.min_size and data.eval_min_size must not exceed data.max_size, got {self.data.min_size}, "
+                f"{self.data.eval_min_size} and {self.data.max_size}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole config as YAML that `load_config` reads back to an equal one."""
+        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False, default_flow_style=None, width=110)
+
+
+class ConfigError(ValueError):
+    """Mistakes in a config; `str` lists all of them, each with its key, its source and what to do."""
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file with its bases, apply `key=value` overrides, and validate the whole.
+
+    Raises:
+        ConfigError: every mistake found, together.
+    """
+    tree = _Tree({}, {})
+    _merge(tree, _read_file(path, ()))
+    for override in overrides:
+        _apply_override(tree, override)
+    return _validate(tree)
+
+
+def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
+    """Validate settings that were stored in a checkpoint.
+
+    Raises:
+        ConfigError: every mistake found, naming `source`.
+    """
+    return _validate(_Tree(dict(values), {(): source}))
+
+
+def resolve_data_paths(config: Config) -> Config:
+    """The same config with relative data and weight paths made absolute from the working directory."""
+    update: dict[str, Any] = {}
+    for name in ("train", "val", "test"):
+        split: SplitConfig | None = getattr(config.data, name)
+        if split is not None:
+            absolute = {key: str(Path(value).absolute()) for key, value in split.model_dump().items()}
+            update[name] = SplitConfig(**absolute)
+    model = config.model
+    if model.backbone_weights not in ("imagenet", "none"):
+        model = model.model_copy(update={"backbone_weights": str(Path(model.backbone_weights).absolute())})
+    train = config.train
+    if train.init_from is not None:
+        train = train.model_copy(update={"init_from": str(Path(train.init_from).absolute())})
+    data = config.data.model_copy(update=update)
+    return config.model_copy(update={"data": data, "model": model, "train": train})
+
+
+# ---- reading YAML -----------------------------------------------------------------------------------------------
+
+KeyPath = tuple[str, ...]
+
+
+class _Tree(NamedTuple):
+    values: dict[str, Any]
+    sources: dict[KeyPath, str]  # of every key, "file:line" or "command line"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers and booleans: `1e-3` is a number, `no` and `on` are words."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}  # fmt: skip
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\d[\d_]*\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def _parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, str]]:
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark is not None else source
+        problem = getattr(error, "problem", None) or "cannot be read"
+        raise ConfigError(
+            f"{where}: the YAML is broken: {problem}; look for a missing colon, space or bracket"
+        ) from None
+    lines: dict[KeyPath, str] = {}
+    if node is not None:
+        _note_lines(node, (), source, lines)
+    return values, lines
+
+
+def _note_lines(node: yaml.Node, at: KeyPath, source: str, lines: dict[KeyPath, str]) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        path = (*at, str(key.value))
+        here = f"{source}:{key.start_mark.line + 1}"
+        if path in lines:
+            raise ConfigError(f"{here}: `{'.'.join(path)}` stands twice, first at {lines[path]}; remove one")
+        lines[path] = here
+        _note_lines(value, path, source, lines)
+
+
+def _read_file(path: Path, parents: tuple[Path, ...]) -> _Tree:
+    resolved = path.resolve()
+    if resolved in parents:
+        raise ConfigError(f"{path}: `_base_` leads back to itself: {' -> '.join(map(str, (*parents, resolved)))}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        named = f" (named by `_base_` in {parents[-1]})" if parents else ""
+        raise ConfigError(f"config file {path} does not exist{named}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    values, lines = _parse_yaml(text, str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a config must be a mapping of sections (model:, data:, ...), got {values!r:.60}")
+    values = _text_keys(values)
+    bases = values.pop("_base_", [])
+    if isinstance(bases, str):
+        bases = [bases]
+    if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases):
+        raise ConfigError(f"{path}: `_base_` must be a path or a list of paths, got {bases!r}")
+    tree = _Tree({}, {})
+    for base in bases:
+        _merge(tree, _read_file(path.parent / base, (*parents, resolved)))
+    _merge(tree, _Tree(values, lines))
+    return tree
+
+
+def _text_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _text_keys(item) for key, item in value.items()}
+    return [_text_keys(item) for item in value] if isinstance(value, list) else value
+
+
+def _merge(into: _Tree, new: _Tree) -> None:
+    def merge(old: dict[str, Any], values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict) and isinstance(old.get(key), dict):
+                merge(old[key], value)
+            else:
+                old[key] = value
+
+    merge(into.values, new.values)
+    into.sources.update(new.sources)
+
+
+def _apply_override(tree: _Tree, override: str) -> None:
+    key, sign, text = override.partition("=")
+    parts = tuple(key.strip().split("."))
+    if not sign or not all(parts):
+        raise ConfigError(f"override must be key=value, for example train.epochs=3, got {override!r}")
+    value, _ = _parse_yaml(text, f"override {key}")
+    nested: Any = _text_keys(value)
+    for part in reversed(parts):
+        nested = {part: nested}
+    _merge(tree, _Tree(nested, {parts: "command line"}))
+
+
+# ---- telling mistakes -------------------------------------------------------------------------------------------
+
+# What the same thing is called elsewhere.
+ALIASES = {
+    "learning_rate": "optim.lr", "base_lr": "optim.lr", "lr0": "optim.lr", "optimizer": "optim", "solver": "optim",
+    "wd": "optim.weight_decay", "lr_scheduler": "optim.schedule", "scheduler": "optim.schedule",
+    "warmup": "optim.warmup_steps", "warmup_iters": "optim.warmup_steps", "grad_clip": "optim.clip_grad_norm",
+    "clip_grad": "optim.clip_grad_norm", "imgsz": "data.min_size", "img_size": "data.min_size",
+    "image_size": "data.min_size", "input_size": "data.min_size", "size": "data.min_size", "workers": "data.num_workers",
+    "batch": "train.batch_size", "ims_per_batch": "train.batch_size", "samples_per_gpu": "train.micro_batch",
+    "accumulate": "train.micro_batch", "accumulation_steps": "train.micro_batch", "max_epochs": "train.epochs",
+    "num_epochs": "train.epochs", "amp": "train.precision", "fp16": "train.precision", "dtype": "train.precision",
+    "random_seed": "train.seed", "patience": "train.early_stop_patience", "early_stopping": "train.early_stop_patience",
+    "model_ema": "train.ema", "focal_alpha": "loss.alpha", "focal_gamma": "loss.gamma", "conf": "postprocess.score_thresh",
+    "conf_thres": "postprocess.score_thresh", "score_threshold": "postprocess.score_thresh",
+    "iou": "postprocess.nms_thresh", "iou_thres": "postprocess.nms_thresh", "nms_threshold": "postprocess.nms_thresh",
+    "max_det": "postprocess.detections_per_img", "pretrained": "model.backbone_weights", "weights": "model.backbone_weights",
+    "arch": "model.backbone", "freeze_at": "model.trainable_layers", "frozen_stages": "model.trainable_layers",
+    "aspect_ratios": "model.anchors.ratios", "scales": "model.anchors.octave_scales", "anchor_sizes": "model.anchors.sizes",
+    "dataset": "data", "transforms": "data.augment", "augmentation": "data.augment", "flip": "data.hflip",
+    "maxdets": "eval.max_dets", "eval_period": "eval.every_epochs", "prior": "model.head.prior_prob",
+    "img_prefix": "data.train.images", "ann_file": "data.train.annotations", "load_from": "train.init_from",
+}  # fmt: skip
+CLASS_COUNT_KEYS = {"num_classes", "nc", "n_classes", "classes", "class_names", "names"}
+
+
+def _all_keys(section: type[BaseModel] = Config, at: KeyPath = ()) -> dict[str, bool]:
+    """Every valid key, and whether it is a section."""
+    keys: dict[str, bool] = {}
+    for name, field in section.model_fields.items():
+        nested = _nested_section(field.annotation)
+        keys[".".join((*at, name))] = nested is not None
+        if nested is not None:
+            keys.update(_all_keys(nested, (*at, name)))
+    return keys
+
+
+def _suggest(path: KeyPath) -> str:
+    name, full = path[-1], ".".join(path)
+    if name.lower() in CLASS_COUNT_KEYS:
+        return "the classes are read from data.train's annotations and are never set; remove it"
+    keys = _all_keys()
+    same_name = [key for key in keys if key.rpartition(".")[2] == name]
+    if same_name:
+        return f"did you mean {' or '.join(same_name)}?"
+    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == ".".join(path[:-1])}
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
+    if near:
+        return f"did you mean {siblings[near[0]]}?"
+    if name.lower() in ALIASES:
+        return f"did you mean {ALIASES[name.lower()]}?"
+    near = difflib.get_close_matches(full, keys, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"valid keys here: {', '.join(sorted(siblings))}" if siblings else "remove it"
+
+
+def _source(path: KeyPath, sources: Mapping[KeyPath, str]) -> str:
+    """Where a key, or the nearest section around it, was written."""
+    for end in range(len(path), -1, -1):
+        if path[:end] in sources:
+            return sources[path[:end]]
+    return "defaults"
+
+
+def _validate(tree: _Tree) -> Config:
+    values = _without_nulls(tree.values, Config)
+    try:
+        # By way of JSON, pydantic's strict mode takes lists for tuples but still no text for numbers.
+        return Config.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as invalid:
+        lines = []
+        for error in invalid.errors():
+            path = tuple(str(part) for part in error["loc"] if _is_key(part, error["loc"]))
+            if error["type"] == "extra_forbidden":
+                line = f"unknown key; {_suggest(path)}"
+            else:
+                message = error["msg"].removeprefix("Value error, ")
+                got = error["input"]
+                line = (
+                    message
+                    if error["type"] == "value_error"
+                    else f"{message[0].lower()}{message[1:]}, got {_show(got)}"
+                )
+            lines.append(f"  {'.'.join(path) or 'config'}: {line}  [{_source(path, tree.sources)}]")
+        lines = list(dict.fromkeys(lines))
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise ConfigError("\n".join([f"the config has {count}:", *lines])) from None
+
+
+def _without_nulls(values: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    """Null removes a key; where null is a value of its own (loss.alpha), it stays."""
+    kept = {}
+    for key, value in values.items():
+        field = section.model_fields.get(key)
+        nested = field and _nested_section(field.annotation)
+        if value is None and field is not None and type(None) not in get_args(field.annotation):
+            continue
+        kept[key] = _without_nulls(value, nested) if nested and isinstance(value, dict) else value
+    return kept
+
+
+def _nested_section(annotation: Any) -> type[BaseModel] | None:
+    types = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type)]
+    return next((t for t in types if issubclass(t, BaseModel)), None)
+
+
+def _is_key(part: int | str, loc: tuple[int | str, ...]) -> bool:
+    """Whether a part of a pydantic location was written by the user (unions add the names of their members)."""
+    if isinstance(part, int):
+        return True
+    return not (loc.index(part) > 0 and ("[" in part or part in ("int", "float", "bool", "str", "tuple", "literal")))
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, default=str) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

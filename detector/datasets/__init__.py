@@ -1,0 +1,1 @@
+"""Reading, checking, augmenting and loading COCO-format data."""

@@ -1,0 +1,150 @@
+"""From keys to batches: decode, augment, resize, mirror, pad; in worker processes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from detector.datasets.augment import Augmentation
+from detector.datasets.coco import CocoDataset, Objects
+from detector.datasets.images import ImageError, decode_image
+from detector.datasets.sampling import SampleKey
+from detector.datasets.transforms import fit_inside, mirror, resize, resized_size, scale_objects
+from detector.structures import Batch, Targets
+
+EVERYWHERE = np.array([[-1e6, -1e6, 1e6, 1e6]], dtype=np.float32)
+"""An ignore box that takes in every anchor: its picture teaches nothing."""
+
+EMPTY = Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros((0, 4), np.float32))
+
+
+class Sample(NamedTuple):
+    """One picture, ready but for padding."""
+
+    image: NDArray[np.uint8]  # (h, w, 3) RGB
+    objects: Objects
+    image_id: int
+    original_size: tuple[int, int]
+    key: SampleKey
+
+
+class DetectionDataset(Dataset[Sample]):
+    """Pictures and objects at the size the network wants them.
+
+    Args:
+        coco: the annotations.
+        max_size: bound of the long side in pixels.
+        hflip: chance of mirroring.
+        augmentation: applied to the picture as read, before resizing; None in evaluation.
+        seed: of the run.
+        skip_unreadable: give a filler for a picture that can no longer be read, instead of failing.
+    """
+
+    def __init__(
+        self,
+        coco: CocoDataset,
+        *,
+        max_size: int,
+        hflip: float = 0.0,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        skip_unreadable: bool = False,
+    ) -> None:
+        self.coco = coco
+        self.max_size = max_size
+        self.hflip = hflip
+        self.augmentation = augmentation
+        self.seed = seed
+        self.skip_unreadable = skip_unreadable
+
+    def __len__(self) -> int:
+        return len(self.coco)
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        if key.index < 0:
+            return _filler(key)
+        try:
+            image = decode_image(self.coco.path(key.index), apply_exif=self.coco.apply_exif)
+        except (ImageError, OSError):
+            if self.skip_unreadable:
+                return _filler(key)
+            raise
+        original_size = (image.shape[0], image.shape[1])
+        objects = self.coco.objects(key.index)
+        seed = [self.seed, key.epoch, key.index]
+        if self.augmentation is not None:
+            image, objects = self.augmentation(image, objects, seed=seed)
+        before = (image.shape[0], image.shape[1])
+        size = fit_inside(resized_size(before, min_size=key.min_size, max_size=self.max_size), key.canvas)
+        image, objects = resize(image, size), scale_objects(objects, before, size)
+        # its own stream (the trailing 1), so that mirroring is independent of the augmentation's draws
+        if self.hflip and np.random.default_rng([*seed, 1]).random() < self.hflip:
+            image, objects = mirror(image, objects)
+        return Sample(image, objects, int(self.coco.image_ids[key.index]), original_size, key)
+
+
+def _filler(key: SampleKey) -> Sample:
+    pixel = np.zeros((1, 1, 3), np.uint8)
+    return Sample(pixel, EMPTY._replace(ignore_boxes=EVERYWHERE), -1, (1, 1), key._replace(index=-1))
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Pad samples of one step into a batch."""
+    height, width = samples[0].key.canvas
+    # channels last in memory, as the pictures come and as the network wants them
+    images = np.zeros((len(samples), height, width, 3), np.uint8)
+    for image, sample in zip(images, samples, strict=True):
+        image[: sample.image.shape[0], : sample.image.shape[1]] = sample.image
+    objects = [sample.objects for sample in samples]
+    targets = Targets(
+        _pad([o.boxes for o in objects], 0.0),
+        _pad([o.labels for o in objects], -1),
+        _pad([o.ignore_boxes for o in objects], 0.0),
+    )
+    return Batch(
+        images=torch.from_numpy(images).permute(0, 3, 1, 2),
+        targets=targets,
+        image_ids=torch.tensor([s.image_id for s in samples]),
+        image_sizes=torch.tensor([s.image.shape[:2] for s in samples]),
+        original_sizes=torch.tensor([s.original_size for s in samples]),
+        index=torch.tensor([s.key.index for s in samples]),
+    )
+
+
+def _pad(arrays: Sequence[NDArray[np.generic]], value: float) -> Tensor:
+    longest = max(len(a) for a in arrays)
+    padded = np.full((len(arrays), longest, *arrays[0].shape[1:]), value, dtype=arrays[0].dtype)
+    for row, array in zip(padded, arrays, strict=True):
+        row[: len(array)] = array
+    return torch.from_numpy(padded)
+
+
+def build_loader(
+    dataset: DetectionDataset, batches: Iterable[list[SampleKey]], *, num_workers: int, pin_memory: bool = False
+) -> DataLoader[Batch]:
+    """A loader that gives one `Batch` per list of keys."""
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]  # torch's types know no collate function that changes the type
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(_: int) -> None:
+    """One of several, so one thread each. Signals are the main process's affair, which needs the last batches to end
+    well; it tells its workers to leave, and they leave by themselves when it is gone."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

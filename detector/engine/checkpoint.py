@@ -1,0 +1,107 @@
+"""Checkpoints: what a run is made of, written so that nothing can be half there and read so that nothing can run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detector.config import Config, ConfigError, config_from_dict
+from detector.structures import Categories
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; `str` says which file, why and what to do."""
+
+
+@dataclass
+class TrainState:
+    """Exactly what a checkpoint holds. Nothing random is among it: the order and the augmentation of every step are
+    functions of the seed and the step, and the step itself draws no random numbers."""
+
+    config: Config
+    categories: Categories
+    model: dict[str, Tensor]
+    step: int
+    """Optimizer steps done."""
+    ema: dict[str, Tensor] | None = None
+    optimizer: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
+    best_ap: float = -1.0
+    evaluations_since_best: int = 0
+    finished: bool = False
+    """Whether the run came to its end (all steps, or early stopping)."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of what decides the numbers: torch, torchvision, threads, device."""
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What is evaluated and used: the averaged weights where there are any."""
+        return self.ema if self.ema is not None else self.model
+
+
+def save_checkpoint(state: TrainState, path: Path) -> None:
+    """Write to a temporary file, flush it to disk, rename: the previous file survives until the new one is whole.
+
+    Raises:
+        CheckpointError: the disk refuses; the previous file is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = {
+        "format": FORMAT,
+        "config": state.config.model_dump_json(),
+        "categories": {"ids": list(state.categories.ids), "names": list(state.categories.names)},
+        **{k: v for k, v in vars(state).items() if k not in ("config", "categories")},
+    }
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise CheckpointError(f"checkpoint {path} cannot be written: {error}; the previous one is untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> TrainState:
+    """Read a checkpoint into main memory; nothing in the file is ever run.
+
+    Raises:
+        CheckpointError: missing, broken, or not one of ours.
+    """
+    if not path.is_file():
+        near = sorted(path.parent.glob("**/*.pt"))[:3] if path.parent.is_dir() else []
+        hint = f"; there is {', '.join(map(str, near))}" if near else ""
+        raise CheckpointError(f"checkpoint {path} does not exist{hint}")
+    try:
+        # mapped, so that reading a large file for its config costs nothing
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({str(error).splitlines()[0]:.200}); it is damaged or no checkpoint of ours"
+        ) from None
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} must be a checkpoint written by tools/train.py (format {FORMAT}), got "
+            f"{'format ' + str(content.get('format')) if isinstance(content, Mapping) else type(content).__name__}"
+        )
+    try:
+        rest = {k: v for k, v in content.items() if k not in ("format", "config", "categories")}
+        categories = Categories(tuple(content["categories"]["ids"]), tuple(content["categories"]["names"]))
+        config = config_from_dict(json.loads(content["config"]), str(path))
+        return TrainState(config=config, categories=categories, **rest)
+    except (KeyError, TypeError, ConfigError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"checkpoint {path} is of another version of this program: {error}") from None

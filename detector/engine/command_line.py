@@ -1,0 +1,37 @@
+"""How every tool ends: 0 done, 2 the user's mistake in one clear error, 128 + signal when stopped, else a traceback."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+from detector.coco_eval import ResultsError
+from detector.config import ConfigError
+from detector.datasets.coco import DatasetError
+from detector.datasets.images import ImageError
+from detector.engine.checkpoint import CheckpointError
+from detector.engine.predict import InputError
+from detector.engine.train import Interrupted, RunError
+from detector.models.weights import WeightsError
+
+USER_ERRORS = (ConfigError, DatasetError, ImageError, ResultsError, CheckpointError, WeightsError, RunError, InputError)
+
+
+def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
+    """Turn a tool's main into one that tells users' mistakes without a traceback."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except USER_ERRORS as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except Interrupted as stopped:
+            print(f"{stopped}; a checkpoint is written, go on with --resume auto", file=sys.stderr)
+            return 128 + stopped.signum
+        except KeyboardInterrupt:
+            return 130
+
+    return run

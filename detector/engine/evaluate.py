@@ -1,0 +1,213 @@
+"""Running a detector over a dataset and scoring what it finds; and proving the way there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detector.boxes import encode, pairwise_iou
+from detector.coco_eval import CocoResults, Metrics, detections_to_results, evaluate
+from detector.config import Config
+from detector.datasets.coco import CocoDataset
+from detector.datasets.loader import DetectionDataset, build_loader
+from detector.datasets.sampling import SampleKey, eval_batches
+from detector.engine import distributed
+from detector.engine.optim import resolve_precision
+from detector.matching import Matches
+from detector.models import RetinaNet
+from detector.postprocess import postprocess
+from detector.structures import GroundTruth, HeadOutputs, Targets
+
+
+class PipelineError(RuntimeError):
+    """Boxes that go through the pipeline do not come back as they were."""
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context in which a network runs at "fp32", "bf16" or "fp16"."""
+    dtype = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def evaluate_model(
+    model: RetinaNet,
+    coco: CocoDataset,
+    config: Config,
+    *,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Metrics, CocoResults]:
+    """Detect in every image of a dataset and score the result; on every process alike.
+
+    Args:
+        model: on `device`; its mode is restored afterwards.
+        coco: the dataset.
+        config: sizes, post-processing, precision and engine.
+        device: to run on.
+        progress: called with images done and in all.
+    """
+    results = detect(model, coco, config, device=device, progress=progress)
+    metrics = evaluate(coco.ground_truth(), results, engine=config.eval.engine, max_dets=config.eval.max_dets)
+    return metrics, results
+
+
+def detect(
+    model: RetinaNet,
+    coco: CocoDataset,
+    config: Config,
+    *,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+    indices: Sequence[int] | None = None,
+) -> CocoResults:
+    """What the model finds in a dataset (or in some of its images), in COCO's terms, sorted by image."""
+    batches = _batches(coco, config, indices)[distributed.rank() :: distributed.world_size()]
+    dataset = DetectionDataset(coco, max_size=config.data.max_size, skip_unreadable=config.data.on_error == "skip")
+    workers = min(config.data.num_workers, len(batches))
+    loader = build_loader(dataset, batches, num_workers=workers, pin_memory=device.type == "cuda")
+    precision = resolve_precision(config.eval.precision, device)
+    was_training = model.training
+    model.eval()
+    found: list[CocoResults] = []
+    done, total = 0, sum(map(len, batches))
+    with torch.inference_mode():
+        for batch in loader:
+            on_device = batch.to(device)
+            with autocast(precision, device):
+                outputs = model(on_device.images, on_device.image_sizes)
+            detections = postprocess(
+                outputs, batch.image_sizes, original_sizes=batch.original_sizes, **config.postprocess.model_dump()
+            )
+            for image_id, index, detection in zip(
+                batch.image_ids.tolist(), batch.index.tolist(), detections, strict=True
+            ):
+                if index >= 0:
+                    found.append(detections_to_results(image_id, detection.cpu(), coco.categories))
+            done += len(detections)
+            if progress is not None:
+                progress(done, total)
+    model.train(was_training)
+    everyones = [results for part in distributed.gather(found) for results in part]
+    everyones.sort(key=lambda results: int(results.image_ids[0]) if len(results.image_ids) else -1)
+    return CocoResults.concatenate(everyones)
+
+
+def _batches(coco: CocoDataset, config: Config, indices: Sequence[int] | None = None) -> list[list[SampleKey]]:
+    batch_size = config.eval.batch_size or config.train.micro_batch or config.train.batch_size
+    batches = eval_batches(
+        coco.sizes, batch_size, min_size=config.data.eval_size, max_size=config.data.max_size, pad=config.model.pad
+    )
+    if indices is None:
+        return batches
+    wanted = set(indices)
+    chosen = [[key for key in batch if key.index in wanted] for batch in batches]
+    return [batch for batch in chosen if batch]
+
+
+# ---- there and back ---------------------------------------------------------------------------------------------
+
+
+def perfect_outputs(anchors: Tensor, targets: Targets, matches: Matches, num_classes: int) -> HeadOutputs:
+    """What a faultless network would say: each object at one anchor of its own, every other anchor silent.
+
+    An object speaks through the anchor that overlaps it most among those matched to it, or, where none was, among all
+    that are still free.
+    """
+    batch, num_anchors = len(targets.boxes), len(anchors)
+    logits = torch.full((batch, num_anchors, num_classes), -20.0)
+    deltas = torch.zeros(batch, num_anchors, 4)
+    for image in range(batch):
+        taken = torch.zeros(num_anchors, dtype=torch.bool)
+        for position, (box, label) in enumerate(zip(targets.boxes[image], targets.labels[image].tolist(), strict=True)):
+            if label < 0:
+                continue
+            overlap = pairwise_iou(box[None], anchors).squeeze(0)
+            own = (matches.matched[image] == position) & ~taken
+            anchor = int(torch.where(own if own.any() else ~taken, overlap, -1.0).argmax())
+            taken[anchor] = True
+            logits[image, anchor, label] = 10.0
+            deltas[image, anchor] = encode(box, anchors[anchor])
+    return HeadOutputs((logits,), (deltas,), anchors)
+
+
+def round_trip(model: RetinaNet, match: Callable[[Tensor, Targets], Matches], coco: CocoDataset, config: Config,
+               indices: Sequence[int] | None = None) -> CocoResults:  # fmt: skip
+    """Ground truth by way of real batches, matching, encoding, decoding and un-resizing, as if it had been detected.
+
+    Non-maximum suppression is set to remove nothing, because real objects may overlap as much as they like.
+    """
+    dataset = DetectionDataset(coco, max_size=config.data.max_size)
+    settings: dict[str, Any] = {
+        "score_thresh": 0.5, "nms_thresh": 1.0, "topk_candidates": 10**6, "detections_per_img": 10**6,
+    }  # fmt: skip
+    found = []
+    for batch in build_loader(dataset, _batches(coco, config, indices), num_workers=0):
+        anchors = model.anchors_of(batch.images)
+        outputs = perfect_outputs(anchors, batch.targets, match(anchors, batch.targets), len(coco.categories))
+        detections = postprocess(outputs, batch.image_sizes, original_sizes=batch.original_sizes, **settings)
+        for image_id, detection in zip(batch.image_ids.tolist(), detections, strict=True):
+            found.append(detections_to_results(image_id, detection, coco.categories))
+    return CocoResults.concatenate(found)
+
+
+def prove_pipeline(
+    model: RetinaNet,
+    match: Callable[[Tensor, Targets], Matches],
+    coco: CocoDataset,
+    config: Config,
+    *,
+    device: torch.device,
+) -> str:
+    """Before the first step: two images go all the way, so that nothing of it can fail hours later.
+
+    Their ground truth must come back from the round trip scoring what the published boxes score against themselves
+    (1 but for boxes that reach out of their image), and the model as it is must run through to an AP.
+
+    Returns:
+        A line about what was found.
+
+    Raises:
+        PipelineError: the boxes did not come back.
+    """
+    with_objects = np.nonzero(coco.num_objects)[0]
+    chosen = [int(i) for i in (with_objects if len(with_objects) else np.arange(len(coco)))[:2]]
+    truth = _only(coco.ground_truth(), coco.image_ids[chosen])
+    ordinary = ~truth.iscrowd
+    published = CocoResults(
+        truth.ann_image_ids[ordinary], truth.ann_category_ids[ordinary], truth.boxes[ordinary],
+        np.ones(int(ordinary.sum())),
+    )  # fmt: skip
+    max_dets = (1, 10, max(100, len(truth.areas)))
+    expected = evaluate(truth, published, engine=config.eval.engine, max_dets=max_dets).values["AP50"]
+    back = round_trip(model, match, coco, config, chosen)
+    reached = evaluate(truth, back, engine=config.eval.engine, max_dets=max_dets).values["AP50"]
+    if reached < expected - 0.01:
+        raise PipelineError(
+            f"boxes of images {coco.image_ids[chosen].tolist()} do not come back from resizing, matching, decoding and "
+            f"evaluation: AP50 {reached:.3f}, expected {expected:.3f}; this is a fault of the program or of its "
+            "anchors, please report it with the config"
+        )
+    results = detect(model, coco, config, device=device, indices=chosen)
+    evaluate(truth, results, engine=config.eval.engine, max_dets=config.eval.max_dets)
+    best = f"highest score {results.scores.max():.3f}" if len(results.scores) else "none above the score threshold"
+    return (
+        f"pipeline proved on images {coco.image_ids[chosen].tolist()}: ground truth comes back at AP50 {reached:.3f}; "
+        f"the model as it starts finds {len(results.scores)} objects ({best})"
+    )
+
+
+def _only(truth: GroundTruth, image_ids: Any) -> GroundTruth:
+    rows = np.isin(truth.ann_image_ids, image_ids)
+    return GroundTruth(
+        truth.categories,
+        np.asarray(image_ids),
+        truth.ann_image_ids[rows],
+        truth.ann_category_ids[rows],
+        truth.boxes[rows],
+        truth.areas[rows],
+        truth.iscrowd[rows],
+    )

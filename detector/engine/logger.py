@@ -1,0 +1,144 @@
+"""What a run says: a progress bar or lines on the terminal, metrics.jsonl, and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from torch.utils.tensorboard import SummaryWriter
+
+
+class RunLog:
+    """Where a run's numbers go. Only the first process has one that does anything.
+
+    Args:
+        output_dir: holds metrics.jsonl and TensorBoard's events.
+        start_step: steps already done; records of later ones (of an interrupted run) are dropped.
+        total_steps: of the run.
+        enabled: False for a silent log.
+    """
+
+    def __init__(self, output_dir: Path, *, start_step: int, total_steps: int, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not enabled)
+        self.start_step, self.total_steps = start_step, total_steps
+        self.started = time.monotonic()
+        self._progress: Progress | None = None
+        if not enabled:
+            return
+        self.path = output_dir / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= start_step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+        self.file = self.path.open("a", encoding="utf-8", buffering=1)
+        self.tensorboard = SummaryWriter(str(output_dir), purge_step=start_step + 1)
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=self.console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("training", total=total_steps, completed=start_step, status="")
+
+    def info(self, text: object) -> None:
+        """Print a line, a table or several lines."""
+        self.console.print(text, markup=False) if isinstance(text, str) else self.console.print(text)
+
+    def warn(self, text: str) -> None:
+        """Print something the user should act on."""
+        self.console.print(f"warning: {text}", style="yellow", markup=False)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A record of training: `step`, `epoch`, losses, lr, grad_norm, images_per_s, data_wait, ..."""
+        if not self.enabled:
+            return
+        self._write(record)
+        for key, value in record.items():
+            if key not in ("step", "epoch"):
+                self.tensorboard.add_scalar(f"train/{key}", value, record["step"])
+        status = (
+            f"loss {record['loss']:.4f} (cls {record['loss_cls']:.4f} box {record['loss_box']:.4f}) "
+            f"lr {record['lr']:.2e} grad {record['grad_norm']:.2f} {record['images_per_s']:.1f} images/s "
+            f"waiting for data {record['data_wait']:.0%} eta {self.eta(record['step'])}"
+        )
+        if self._progress is not None:
+            self._progress.update(
+                self._task, completed=record["step"], description=f"epoch {record['epoch']:.1f}", status=status
+            )
+        else:
+            self.info(f"epoch {record['epoch']:.2f} step {record['step']}/{self.total_steps} {status}")
+
+    def evaluation(self, record: dict[str, Any], per_class: list[dict[str, Any]]) -> None:
+        """A record of an evaluation: `step`, `epoch`, `split` and the metrics."""
+        if not self.enabled:
+            return
+        self._write({**record, "per_class": per_class})
+        for key, value in record.items():
+            if key not in ("step", "epoch", "split"):
+                self.tensorboard.add_scalar(f"{record['split']}/{key}", value, record["step"])
+        for row in per_class:
+            self.tensorboard.add_scalar(f"{record['split']}_AP_per_class/{row['name']}", row["AP"], record["step"])
+
+    def pictures(self, name: str, pictures: list[Image.Image], step: int) -> None:
+        """Pictures for TensorBoard."""
+        for i, picture in enumerate(pictures):
+            self.tensorboard.add_image(f"{name}/{i}", np.asarray(picture), step, dataformats="HWC")
+
+    def progress(self, what: str) -> Callable[[int, int], None] | None:
+        """A callback for a side job of (done, total), shown as a second bar; None where there is no terminal."""
+        if self._progress is None:
+            return None
+        bar = self._progress
+        task: TaskID | None = None
+
+        def show(done: int, total: int) -> None:
+            nonlocal task
+            if task is None:
+                task = bar.add_task(what, total=total, status="")
+            bar.update(task, completed=done)
+            if done >= total:
+                bar.remove_task(task)
+                task = None
+
+        return show
+
+    def eta(self, step: int) -> str:
+        """Time left at the pace of this session, evaluations included, as h:mm:ss."""
+        done = step - self.start_step
+        if done <= 0:
+            return "?"
+        return duration((time.monotonic() - self.started) / done * (self.total_steps - step))
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self.enabled:
+            if self._progress is not None:
+                self._progress.stop()
+            self.file.close()
+            self.tensorboard.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):  # a line cut off by a crash
+        return 1 << 62

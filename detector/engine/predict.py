@@ -1,0 +1,155 @@
+"""Detecting in picture files that belong to no dataset."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from detector.boxes import xyxy_to_xywh
+from detector.config import Config
+from detector.datasets.images import ImageError, decode_image
+from detector.datasets.transforms import padded_size, resize, resized_size
+from detector.engine.checkpoint import TrainState, load_checkpoint
+from detector.engine.evaluate import autocast
+from detector.engine.optim import resolve_precision
+from detector.models import RetinaNet, build_model
+from detector.postprocess import postprocess
+from detector.structures import Categories, Detections
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
+"""What is picked up from folders; files named one by one may be called anything."""
+
+
+class InputError(ValueError):
+    """Inputs that name no picture."""
+
+
+class Predictor:
+    """A detector ready for use: pictures in, objects out.
+
+    Args:
+        state: a checkpoint's content; averaged weights are used where there are any.
+        device: to run on.
+        score_thresh: replaces the checkpoint's own.
+    """
+
+    def __init__(self, state: TrainState, *, device: torch.device, score_thresh: float | None = None) -> None:
+        self.config: Config = state.config
+        self.categories: Categories = state.categories
+        self.device = device
+        self.model = model_of(state, device)
+        self.settings: dict[str, Any] = self.config.postprocess.model_dump()
+        if score_thresh is not None:
+            self.settings["score_thresh"] = score_thresh
+        self.precision = resolve_precision(self.config.eval.precision, device)
+
+    @torch.inference_mode()
+    def __call__(self, image: NDArray[np.uint8]) -> Detections:
+        """Objects in one (H, W, 3) uint8 RGB picture, boxes in its pixels."""
+        original = (image.shape[0], image.shape[1])
+        size = resized_size(original, min_size=self.config.data.eval_size, max_size=self.config.data.max_size)
+        canvas = np.zeros((1, *padded_size(size, self.config.model.pad), 3), np.uint8)
+        canvas[0, : size[0], : size[1]] = resize(image, size)
+        batch = torch.from_numpy(canvas).permute(0, 3, 1, 2).to(self.device)
+        sizes = torch.tensor([size], device=self.device)
+        with autocast(self.precision, self.device):
+            outputs = self.model(batch, sizes)
+        (detections,) = postprocess(outputs, sizes, original_sizes=torch.tensor([original]), **self.settings)
+        return detections.cpu()
+
+
+def model_of(state: TrainState, device: torch.device) -> RetinaNet:
+    """The network of a checkpoint with the weights to use, in evaluation mode."""
+    model = build_model(state.config.model, len(state.categories))
+    model.load_state_dict(state.weights)
+    model.to(device).eval()
+    if state.config.train.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+def load_predictor(checkpoint: Path, *, device: torch.device, score_thresh: float | None = None) -> Predictor:
+    """A predictor from a checkpoint file, which needs nothing beside it.
+
+    Raises:
+        CheckpointError: unreadable.
+    """
+    return Predictor(load_checkpoint(checkpoint), device=device, score_thresh=score_thresh)
+
+
+def find_pictures(inputs: Sequence[str]) -> list[Path]:
+    """The files that names, folders (searched to the bottom) and globs stand for, each once, in order.
+
+    Raises:
+        InputError: every input that stands for no picture.
+    """
+    found: dict[Path, None] = {}
+    mistakes = []
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            here = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        elif path.exists():
+            here = [path]
+        else:
+            here = [Path(p) for p in sorted(glob.glob(text, recursive=True)) if Path(p).is_file()]
+        if not here:
+            what = "a folder without pictures" if path.is_dir() else "no file, folder or glob with matches"
+            mistakes.append(f"  {text}: {what}")
+        found.update(dict.fromkeys(here))
+    if mistakes:
+        raise InputError("\n".join(["inputs must be pictures, folders of pictures, or globs, got:", *mistakes]))
+    return list(found)
+
+
+class Prediction(NamedTuple):
+    """One input's outcome."""
+
+    path: Path
+    image: NDArray[np.uint8] | None
+    detections: Detections | None
+    error: str | None
+    """Why the file could not be read."""
+
+
+def predict_files(predictor: Predictor, paths: Sequence[Path]) -> Iterator[Prediction]:
+    """Detect in one file after the other; an unreadable one is reported and the others go on."""
+    apply_exif = predictor.config.data.exif != "ignore"
+    for path in paths:
+        try:
+            image = decode_image(path, apply_exif=apply_exif)
+        except (ImageError, OSError) as error:
+            yield Prediction(path, None, None, str(error))
+            continue
+        yield Prediction(path, image, predictor(image), None)
+
+
+def result_records(
+    image_id: int, file_name: str, detections: Detections, categories: Categories
+) -> list[dict[str, Any]]:
+    """COCO results records at full precision, with the file's name added."""
+    boxes = xyxy_to_xywh(detections.boxes.double()).tolist()
+    return [
+        {
+            "image_id": image_id,
+            "category_id": categories.ids[label],
+            "bbox": box,
+            "score": score,
+            "file_name": file_name,
+        }
+        for box, score, label in zip(boxes, detections.scores.tolist(), detections.labels.tolist(), strict=True)
+    ]
+
+
+def write_records(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """A COCO results file, one record a line, whole or not there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("[" + ",\n".join(json.dumps(record) for record in records) + "]\n", encoding="utf-8")
+    temporary.replace(path)

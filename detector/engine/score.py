@@ -1,0 +1,108 @@
+"""Scoring what is already there: a checkpoint or a results file against a dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import Progress
+
+from detector.coco_eval import Metrics, evaluate, ground_truth_warnings, load_results, write_results
+from detector.config import Config, ConfigError, SplitConfig
+from detector.datasets.coco import CocoDataset, read_coco
+from detector.engine import distributed
+from detector.engine.checkpoint import load_checkpoint
+from detector.engine.evaluate import evaluate_model
+from detector.engine.predict import model_of
+from detector.engine.train import flatten, process_group, write_json
+
+Split = Literal["val", "test"]
+
+NOT_PART_OF_THE_MODEL = ("backbone_weights", "trainable_layers")
+"""Settings of `model` that only matter while training."""
+
+
+def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_dir: Path) -> Metrics:
+    """Detect with a checkpoint's model in a config's data; write metrics.json and detections.json.
+
+    The model and its classes are the checkpoint's; data, image size, post-processing and metric are the config's.
+
+    Raises:
+        ConfigError: the config describes another model.
+    """
+    state = load_checkpoint(checkpoint)
+    theirs, ours = flatten(state.config.model.model_dump()), flatten(config.model.model_dump())
+    different = [k for k in ours if theirs.get(k) != ours[k] and k not in NOT_PART_OF_THE_MODEL]
+    if different:
+        raise ConfigError(
+            "\n".join(
+                [
+                    f"the config must describe the model in {checkpoint}, got:",
+                    *(
+                        f"  model.{k}: {ours[k]!r} in the config, {theirs.get(k)!r} in the checkpoint"
+                        for k in different
+                    ),
+                    f"Use the run's own config ({checkpoint.parent.parent / 'config.yaml'}) or change these settings.",
+                ]
+            )
+        )
+    with process_group(config) as device:
+        named = _split_of(config, split)
+        main = distributed.rank() == 0
+        dataset = read_coco(
+            Path(named.annotations),
+            Path(named.images),
+            verify=config.data.verify,
+            on_error=config.data.on_error,
+            exif=config.data.exif,
+            categories=state.categories,
+            progress=main,
+            problems_file=output_dir / f"problems_{split}.tsv" if main else None,
+        )
+        console = Console(highlight=False, soft_wrap=True, quiet=not main)
+        _say(dataset, config, console)
+        with Progress(console=console) as bar:
+            task = bar.add_task(f"detecting in {len(dataset)} images", total=len(dataset))
+            metrics, results = evaluate_model(
+                model_of(state, device), dataset, config, device=device,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )  # fmt: skip
+        if main:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_results(output_dir / "detections.json", results)
+            write_json(metrics.to_json(), output_dir / "metrics.json")
+    return metrics
+
+
+def score_results_file(config: Config, detections: Path, *, split: Split, output_dir: Path) -> Metrics:
+    """Score a COCO results file against a config's annotations; the images need not exist.
+
+    Raises:
+        ResultsError: everything that is wrong with the file.
+    """
+    dataset = read_coco(Path(_split_of(config, split).annotations), None, on_error=config.data.on_error)
+    _say(dataset, config, Console(highlight=False, soft_wrap=True))
+    truth = dataset.ground_truth()
+    results = load_results(detections, truth)
+    metrics = evaluate(truth, results, engine=config.eval.engine, max_dets=config.eval.max_dets)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_results(output_dir / "detections.json", results)
+    write_json(metrics.to_json(), output_dir / "metrics.json")
+    return metrics
+
+
+def _split_of(config: Config, split: Split) -> SplitConfig:
+    named: SplitConfig | None = getattr(config.data, split)
+    if named is None:
+        raise ConfigError(
+            f"data.{split} must name images and annotations to be scored; add it to the config, or give "
+            f"data.{split}.images=DIR data.{split}.annotations=FILE.json"
+        )
+    return named
+
+
+def _say(dataset: CocoDataset, config: Config, console: Console) -> None:
+    console.print(dataset.summary(), markup=False)
+    for line in ground_truth_warnings(dataset.ground_truth(), config.eval.max_dets):
+        console.print(f"warning: {line}", style="yellow", markup=False)

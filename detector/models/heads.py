@@ -1,0 +1,65 @@
+"""The class and the box subnet (Lin et al. 2017, section 4): one small fully convolutional network for all levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+
+class Subnet(nn.Module):
+    """`depth` 3x3 convolutions with ReLU, then one that gives `outputs` numbers for each of a cell's anchors.
+
+    Args:
+        in_channels: of the pyramid.
+        outputs: numbers per anchor: K classes or 4 deltas.
+        num_anchors: per cell.
+        depth: hidden convolutions.
+        channels: of the hidden convolutions.
+        norm: "gn" puts GroupNorm of 32 groups behind each hidden convolution, which then has no bias.
+        prior_prob: for the class subnet, the score that every anchor starts with (section 4.1); None: no bias.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        outputs: int,
+        *,
+        num_anchors: int,
+        depth: int,
+        channels: int,
+        norm: Literal["none", "gn"],
+        prior_prob: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.tower = nn.Sequential()
+        for _ in range(depth):
+            self.tower.append(nn.Conv2d(in_channels, channels, 3, padding=1, bias=norm == "none"))
+            if norm == "gn":
+                self.tower.append(nn.GroupNorm(32, channels))
+            self.tower.append(nn.ReLU(inplace=True))
+            in_channels = channels
+        self.predictor = nn.Conv2d(in_channels, num_anchors * outputs, 3, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if prior_prob is not None:
+            nn.init.constant_(self.predictor.bias, prior_bias(prior_prob))  # type: ignore[arg-type]
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """[(B, C, H_l, W_l)] to ((B, H_l * W_l * num_anchors, outputs)), cells row by row, anchors within."""
+        return tuple(self._by_anchor(self.predictor(self.tower(x))) for x in features)
+
+    def _by_anchor(self, x: Tensor) -> Tensor:
+        # free of copies where x is channels_last
+        return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.outputs)
+
+
+def prior_bias(prior_prob: float) -> float:
+    """The bias whose sigmoid is `prior_prob` (section 4.1, "Initialization")."""
+    return -math.log((1 - prior_prob) / prior_prob)

@@ -1,0 +1,320 @@
+"""Decoding image files and checking folders of them."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from detector.datasets import images as images_module
+from detector.datasets.images import BAD, GOOD, MISSING, UNCHECKED, ImageError, check_images, decode_image, read_header
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
+    return path
+
+
+def noise(*shape: int) -> NDArray[np.uint8]:
+    return RNG.integers(0, 256, shape).astype(np.uint8)
+
+
+def png16(pixels: NDArray[np.uint16]) -> bytes:
+    """A 16-bit PNG of (H, W, C): 1 grey, 2 grey and alpha, 3 colour."""
+    height, width, channels = pixels.shape
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_an_empty_file_is_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.touch()
+    for read in (read_header, lambda p: decode_image(p, apply_exif=False)):
+        with pytest.raises(ImageError, match=r"a\.jpg: the file is empty"):
+            read(path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "gif", "webp"])
+def test_every_mode_of_8_bits_equals_pillows_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    source = Image.fromarray(noise(17, 23, 4), "RGBA").convert(mode if mode != "YCbCr" else "RGB").convert(mode)
+    try:
+        source.save(path)
+    except (OSError, ValueError):
+        pytest.skip(f"Pillow does not write {mode} as {suffix}")
+    pixels = decode_image(path, apply_exif=True)
+    assert pixels.shape == (17, 23, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
+    assert pixels.flags.writeable
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(pixels, np.asarray(image.convert("RGB")))
+    header = read_header(path)
+    assert (header.width, header.height, header.orientation) == (23, 17, 1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_alpha_is_dropped_and_the_colour_below_it_kept(tmp_path: Path) -> None:
+    rgba = noise(5, 6, 4)
+    rgba[..., 3] = 0
+    Image.fromarray(rgba, "RGBA").save(tmp_path / "a.png")
+    np.testing.assert_array_equal(decode_image(tmp_path / "a.png", apply_exif=False), rgba[..., :3])
+    palette = Image.fromarray(noise(5, 6), "P")
+    palette.putpalette(noise(768).tobytes())
+    palette.save(tmp_path / "p.png", transparency=bytes(range(256)))
+    np.testing.assert_array_equal(decode_image(tmp_path / "p.png", apply_exif=False), palette.convert("RGB"))
+
+
+def test_16_bit_grey_is_scaled_by_one_fixed_rule(tmp_path: Path) -> None:
+    deep = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    expected = np.rint(deep / 257).astype(np.uint8)
+    (tmp_path / "a.png").write_bytes(png16(deep[..., None]))
+    Image.fromarray(deep).save(tmp_path / "a.tif")
+    Image.fromarray(deep.astype(np.int32)).save(tmp_path / "b.tif")
+    Image.fromarray(deep).save(tmp_path / "a.pgm")
+    big_endian = io.BytesIO()
+    Image.frombytes("I;16B", (256, 256), deep.astype(">u2").tobytes()).save(big_endian, "TIFF")
+    (tmp_path / "c.tif").write_bytes(big_endian.getvalue())
+    for name in ("a.png", "a.tif", "b.tif", "a.pgm", "c.tif"):
+        pixels = decode_image(tmp_path / name, apply_exif=True)
+        for channel in range(3):
+            np.testing.assert_array_equal(pixels[..., channel], expected, err_msg=name)
+
+
+@pytest.mark.parametrize("channels", [2, 3])
+def test_16_bit_colour_is_within_one_step_of_the_rule_for_grey(tmp_path: Path, channels: int) -> None:
+    deep = RNG.integers(0, 65536, (40, 30, channels)).astype(np.uint16)
+    (tmp_path / "a.png").write_bytes(png16(deep))
+    pixels = decode_image(tmp_path / "a.png", apply_exif=False).astype(int)
+    colour = deep[..., :3] if channels == 3 else deep[..., :1]
+    assert np.abs(pixels - colour / 257).max() <= 1
+    assert read_header(tmp_path / "a.png").mode.endswith(";16")
+
+
+def test_pixels_without_a_known_white_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(ImageError, match=r"f\.tif: pixels must be integers, got floating point"):
+        decode_image(tmp_path / "f.tif", apply_exif=False)
+    Image.fromarray(np.full((4, 4), -7, np.int32)).save(tmp_path / "i.tif")
+    with pytest.raises(ImageError, match=r"i\.tif: integer pixels must lie in 0..65535, got -7..-7"):
+        decode_image(tmp_path / "i.tif", apply_exif=False)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_every_exif_orientation_is_applied_as_pillow_does_or_not_at_all(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(noise(16, 24, 3)).save(path, exif=exif)
+    with Image.open(path) as image:
+        image.load()
+        np.testing.assert_array_equal(decode_image(path, apply_exif=False), image)
+        np.testing.assert_array_equal(decode_image(path, apply_exif=True), ImageOps.exif_transpose(image))
+    assert read_header(path) == (24, 16, "RGB", orientation)
+
+
+def test_tiff_is_turned_by_its_tag_whatever_was_asked(tmp_path: Path) -> None:
+    pixels = noise(16, 24, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.tif", tiffinfo={0x0112: 6})
+    for apply_exif in (False, True):
+        turned = decode_image(tmp_path / "a.tif", apply_exif=apply_exif)
+        np.testing.assert_array_equal(turned, np.rot90(pixels, -1))
+    assert read_header(tmp_path / "a.tif")[:2] == (16, 24)
+    assert read_header(tmp_path / "a.tif").orientation == 1
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "tif"])
+def test_of_many_frames_the_first_counts(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    pixels = decode_image(tmp_path / f"a.{suffix}", apply_exif=False)
+    assert pixels[..., 0].min() > 240
+    assert pixels[..., 2].max() < 20
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "gif", "tif"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
+def test_truncated_files_are_errors(tmp_path: Path, suffix: str, share: float) -> None:
+    Image.fromarray(noise(64, 64, 3)).save(tmp_path / f"a.{suffix}")
+    whole = (tmp_path / f"a.{suffix}").read_bytes()
+    (tmp_path / f"a.{suffix}").write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ImageError, match=rf"a\.{suffix}: "):
+        decode_image(tmp_path / f"a.{suffix}", apply_exif=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>404</html>", "a web page, not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image of a known format"),
+        (b"hello", "no image of a known format"),
+    ],
+)
+def test_what_is_no_image_is_named(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(ImageError, match=reason):
+        decode_image(tmp_path / "a.jpg", apply_exif=False)
+
+
+def test_missing_files_and_folders_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"nothing\.jpg: no such file"):
+        decode_image(tmp_path / "nothing.jpg", apply_exif=False)
+    with pytest.raises(ImageError, match="is a folder"):
+        decode_image(tmp_path, apply_exif=False)
+
+
+def test_images_beyond_the_limit_are_refused_and_large_ones_are_not(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "large.png")  # Pillow's own limit would refuse it
+    assert read_header(tmp_path / "large.png").width == 20_000
+    head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
+    ihdr = struct.pack(">I", 13) + b"IHDR" + head + struct.pack(">I", zlib.crc32(b"IHDR" + head))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + ihdr + struct.pack(">I", 0) + b"IDAT" + b"\0" * 4)
+    with pytest.raises(ImageError, match="at most 1,000,000,000 pixels"):
+        decode_image(tmp_path / "bomb.png", apply_exif=False)
+
+
+def encoded(save: Callable[[io.BytesIO], None]) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer)
+    return buffer.getvalue()
+
+
+WHOLE = [
+    encoded(lambda b, f=f: Image.fromarray(noise(24, 24, 3)).save(b, f))  # type: ignore[misc]
+    for f in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
+]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.filterwarnings("ignore")
+@given(whole=st.sampled_from(WHOLE), edits=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=8))
+def test_damaged_files_give_pixels_or_an_image_error_and_nothing_else(
+    tmp_path: Path, whole: bytes, edits: list[tuple[float, int]]
+) -> None:
+    damaged = bytearray(whole)
+    for place, value in edits:
+        damaged[int(place * min(len(damaged), 400))] = value
+    (tmp_path / "a").write_bytes(damaged)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images_module, "MAX_PIXELS", 1_000_000)  # a damaged header may promise any size
+        try:
+            pixels = decode_image(tmp_path / "a", apply_exif=True)
+        except ImageError:
+            return
+    assert pixels.ndim == 3
+
+
+def folder(tmp_path: Path) -> tuple[Path, list[str]]:
+    root = tmp_path / "images"
+    (root / "sub").mkdir(parents=True)
+    Image.fromarray(noise(20, 30, 3)).save(root / "good.jpg")
+    Image.fromarray(noise(64, 64, 3)).save(root / "sub" / "cut.jpg")
+    whole = (root / "sub" / "cut.jpg").read_bytes()
+    (root / "sub" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(root / "deep.png")
+    return root, ["good.jpg", "sub/cut.jpg", "gone.jpg", "deep.png", "sub"]
+
+
+def test_a_folder_without_names_needs_no_check(tmp_path: Path) -> None:
+    facts = check_images(tmp_path, [], np.zeros(0, bool), decode=True, progress=False)
+    assert len(facts.status) == facts.examined == 0
+
+
+def test_truncation_is_found_by_decoding_and_not_by_headers(tmp_path: Path) -> None:
+    root, names = folder(tmp_path)
+    which = np.ones(len(names), bool)
+    header = check_images(root, names, which, decode=False, progress=False)
+    assert header.status.tolist() == [GOOD, GOOD, MISSING, GOOD, BAD]
+    decoded = check_images(root, names, which, decode=True, progress=False)
+    assert decoded.status.tolist() == [GOOD, BAD, MISSING, GOOD, BAD]
+    assert "truncated" in decoded.reasons[1]
+    assert decoded.sizes[0].tolist() == [20, 30]
+    assert decoded.modes[3] == b"I;16"
+    assert decoded.peaks[3] == round(4095 / 257)
+    which[0] = False
+    assert check_images(root, names, which, decode=False, progress=False).status[0] == UNCHECKED
+
+
+def test_good_files_are_remembered_until_they_change(tmp_path: Path) -> None:
+    root, names = folder(tmp_path)
+    which = np.ones(len(names), bool)
+    first = check_images(root, names, which, decode=True, progress=False)
+    again = check_images(root, names, which, decode=True, progress=False)
+    assert (first.examined, again.examined) == (4, 2)  # bad ones are looked at each time
+    for a, b in zip(first[:5], again[:5], strict=True):
+        np.testing.assert_array_equal(a, b)
+    Image.fromarray(noise(10, 10, 3)).save(root / "good.jpg")
+    changed = check_images(root, names, which, decode=True, progress=False)
+    assert changed.examined == 3
+    assert changed.sizes[0].tolist() == [10, 10]
+    # a header check is satisfied by an earlier decoding, not the other way round
+    assert check_images(root, ["good.jpg"], np.ones(1, bool), decode=False, progress=False).examined == 0
+    Image.fromarray(noise(11, 11, 3)).save(root / "good.jpg")
+    assert check_images(root, ["good.jpg"], np.ones(1, bool), decode=False, progress=False).examined == 1
+    assert check_images(root, ["good.jpg"], np.ones(1, bool), decode=True, progress=False).examined == 1
+    assert check_images(root, names, which, decode=True, progress=False).examined == 2  # the others are kept
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "foreign", "folder"])
+def test_a_broken_memory_costs_time_and_nothing_else(tmp_path: Path, own_cache: Path, damage: str) -> None:
+    root, names = folder(tmp_path)
+    which = np.ones(len(names), bool)
+    first = check_images(root, names, which, decode=True, progress=False)
+    (memory,) = (own_cache / "detector").iterdir()
+    if damage == "garbage":
+        memory.write_bytes(b"\0garbage" * 9)
+    elif damage == "truncated":
+        memory.write_bytes(memory.read_bytes()[:-50])
+    elif damage == "foreign":
+        np.savez(memory, names=np.zeros(3))
+    else:
+        memory.unlink()
+        memory.mkdir()
+    again = check_images(root, names, which, decode=True, progress=False)
+    assert again.examined == first.examined
+    np.testing.assert_array_equal(first.status, again.status)
+
+
+def test_an_unwritable_memory_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    root, names = folder(tmp_path)
+    assert check_images(root, names, np.ones(5, bool), decode=True, progress=False).status[0] == GOOD
+
+
+def test_reading_the_memory_cannot_run_code(tmp_path: Path, own_cache: Path) -> None:
+    root, names = folder(tmp_path)
+    check_images(root, names, np.ones(5, bool), decode=True, progress=False)
+    (memory,) = (own_cache / "detector").iterdir()
+    np.savez(memory, names=np.array([{"pickled": 1}], dtype=object))
+    assert images_module._Memory(root).rows == {}
+
+
+def test_headers_of_png_are_read_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(noise(20, 30, 3)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("the header check decoded the image"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("the header check decoded the image"))
+    assert read_header(tmp_path / "a.png").width == 30

@@ -1,0 +1,95 @@
+"""Fetch a public dataset into the data folder, or convert Pascal VOC annotations to COCO.
+
+    python tools/get_data.py bccd                              364 blood-cell images, 8 MB
+    python tools/get_data.py coco2017 --parts val,annotations  COCO 2017; all parts need 42 GB while unpacking
+    python tools/get_data.py voc --images DIR --annotations DIR --list FILE --output F.json
+
+Run it again after any interruption: it goes on where it stopped.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from detector.datasets.download import COCO2017, DataError, get_bccd, get_coco2017, nearest
+from detector.datasets.voc import convert_voc
+
+COMMANDS = ("bccd", "coco2017", "voc")
+SHOWN_PROBLEMS = 20
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a DataError: one line, no usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse wants to print."""
+        raise DataError(f"{message}; see {self.prog} --help", exit_code=2)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool; return 0, 2 for what the user can mend, 1 for other failures, 130 when stopped by Ctrl-C."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(argv: list[str]) -> None:
+    """Parse and do it; raises DataError."""
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        choices = ", ".join(COMMANDS)
+        raise DataError(f"dataset must be one of {choices}, got {argv[0]!r}{nearest(argv[0], COMMANDS)}", exit_code=2)
+    args = parse(argv)
+    if args.dataset == "bccd":
+        get_bccd(args.root, keep_archives=args.keep_archives)
+    elif args.dataset == "coco2017":
+        get_coco2017(args.root, parts=args.parts.split(","), keep_archives=args.keep_archives)
+    else:
+        categories = None if args.categories is None else args.categories.split(",")
+        try:
+            result = convert_voc(
+                args.images, args.annotations, list_file=args.list, output=args.output, categories=categories
+            )
+        except ValueError as error:
+            raise DataError(str(error), exit_code=2) from error
+        for problem in result.problems[:SHOWN_PROBLEMS]:
+            print(problem)
+        if len(result.problems) > SHOWN_PROBLEMS:
+            print(f"... and {len(result.problems) - SHOWN_PROBLEMS} more problems")
+        images, boxes = len(result.coco["images"]), len(result.coco["annotations"])
+        print(f"{args.output}: {images} images, {boxes} boxes, {len(result.problems)} problems")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse the arguments; raises DataError."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="dataset", required=True)
+    for name in ("bccd", "coco2017"):
+        command = commands.add_parser(name)
+        command.add_argument("--root", type=Path, default=Path("data"), help="folder for the datasets (default: data)")
+        command.add_argument("--keep-archives", action="store_true", help="keep the zip files in ROOT/archives")
+        if name == "coco2017":
+            parts = ",".join(COCO2017)
+            command.add_argument("--parts", default=parts, help=f"comma-separated, default: {parts}")
+    voc = commands.add_parser("voc")
+    voc.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
+    voc.add_argument("--annotations", type=Path, required=True, metavar="DIR", help="folder of the XML files")
+    voc.add_argument("--list", type=Path, required=True, metavar="FILE", help="image names, one a line, no suffix")
+    voc.add_argument("--output", type=Path, required=True, metavar="F.json", help="COCO JSON to write")
+    voc.add_argument("--categories", metavar="A,B", help="names in id order (default: those found, sorted)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Train a detector as a config says: python tools/train.py --config configs/quickstart.yaml [key=value ...]."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from detector.config import load_config
+from detector.engine.command_line import command
+from detector.engine.train import train
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Parse, train, say where the results are."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file")
+    parser.add_argument("--output-dir", type=Path, help="default: runs/NAME-OF-THE-CONFIG")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on with an interrupted run")
+    parser.add_argument("--init-from", metavar="PATH", help="fine-tune from a checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as train.epochs=3")
+    arguments = parser.parse_intermixed_args(argv)
+    overrides = list(arguments.overrides)
+    if arguments.init_from is not None:
+        overrides.append(f"train.init_from={arguments.init_from}")
+    config = load_config(arguments.config, overrides)
+    output_dir = arguments.output_dir or Path("runs") / arguments.config.stem
+    metrics = train(config, output_dir, resume=arguments.resume)
+    print_summary(metrics, output_dir)
+    return 0
+
+
+def print_summary(metrics: dict[str, object], output_dir: Path) -> None:
+    """Where the results are, and what to do next."""
+    if "AP" in metrics:
+        print(f"best val AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}")
+    print(
+        f"results in {output_dir}: metrics.json, checkpoints/best.pt, TensorBoard events\n"
+        f"next: python tools/predict.py --checkpoint {output_dir}/checkpoints/best.pt IMAGES --output-dir predictions"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
