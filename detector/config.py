@@ -65,6 +65,10 @@ class AnchorConfig(Section):
         lengths = {len(s) if isinstance(s, tuple) else 1 for s in self.sizes}
         if len(lengths) > 1:
             raise ValueError(f"sizes must give the same number of anchor sizes for each level, got {self.sizes}")
+        if any(isinstance(s, tuple) for s in self.sizes) and self.octave_scales != (1.0,):
+            raise ValueError(
+                f"octave_scales must be [1.0] where sizes lists every side of a level, got {list(self.octave_scales)}"
+            )
         return self
 
 
@@ -77,7 +81,7 @@ class ModelConfig(Section):
     # paper's), 5 without.
     trainable_layers: Annotated[int, Field(ge=0, le=5)] | None = None
     norm: Norm = "frozen_bn"  # of the backbone. frozen_bn: batch norm with the statistics that came with the weights
-    norm_eps: Positive = 1e-5
+    norm_eps: NonNegative = 1e-5  # added to the variance; 0 in torchvision's first RetinaNet weights
     fpn_channels: PositiveInt = 256
     p6_from: Literal["c5", "p5"] = "c5"
     relu_before_p7: bool = True
@@ -222,7 +226,7 @@ class TrainConfig(Section):
     compile: Literal["auto"] | bool = "auto"  # torch.compile; auto: on CUDA yes, on CPU no (measured: no gain)
     channels_last: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     init_from: str | None = None  # a checkpoint to fine-tune from; also --init-from
     ema: EmaConfig | None = None
     checkpoint_every_steps: PositiveInt | None = None  # besides every epoch
@@ -303,7 +307,8 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The whole config as YAML that `load_config` reads back to an equal one."""
-        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False, default_flow_style=None, width=110)
+        values = json.loads(self.model_dump_json())
+        return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110)
 
 
 class ConfigError(ValueError):
@@ -361,29 +366,41 @@ class _Tree(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and booleans: `1e-3` is a number, `no` and `on` are words."""
+    """YAML 1.2's numbers and booleans: `1e-3` is a number; `no`, `on`, `010`, `1:30` and `2017-1-1` are words."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would take for more than a word."""
+
+
+_RESOLVED_ANEW = ("bool", "int", "float", "timestamp")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] not in _RESOLVED_ANEW]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}  # fmt: skip
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:\d[\d_]*\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\d[\d_]*\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF))"
+        r"|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
     ),
-    list("-+.0123456789"),
-)
+):
+    for _reader_or_writer in (_Loader, _Dumper):
+        _reader_or_writer.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+        )
 
 
 def _parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, str]]:
     try:
         node = yaml.compose(text, Loader=_Loader)
         values = yaml.load(text, Loader=_Loader)
+        lines: dict[KeyPath, str] = {}
+        if node is not None:
+            _note_lines(node, (), source, lines)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark is not None else source
@@ -391,9 +408,6 @@ def _parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, str]]:
         raise ConfigError(
             f"{where}: the YAML is broken: {problem}; look for a missing colon, space or bracket"
         ) from None
-    lines: dict[KeyPath, str] = {}
-    if node is not None:
-        _note_lines(node, (), source, lines)
     return values, lines
 
 
@@ -463,11 +477,11 @@ def _apply_override(tree: _Tree, override: str) -> None:
     parts = tuple(key.strip().split("."))
     if not sign or not all(parts):
         raise ConfigError(f"override must be key=value, for example train.epochs=3, got {override!r}")
-    value, _ = _parse_yaml(text, f"override {key}")
+    value, lines = _parse_yaml(text, f"override {key}")
     nested: Any = _text_keys(value)
     for part in reversed(parts):
         nested = {part: nested}
-    _merge(tree, _Tree(nested, {parts: "command line"}))
+    _merge(tree, _Tree(nested, {(*parts, *path): "command line" for path in ((), *lines)}))
 
 
 # ---- telling mistakes -------------------------------------------------------------------------------------------
@@ -527,12 +541,14 @@ def _suggest(path: KeyPath) -> str:
     return f"valid keys here: {', '.join(sorted(siblings))}" if siblings else "remove it"
 
 
-def _source(path: KeyPath, sources: Mapping[KeyPath, str]) -> str:
-    """Where a key, or the nearest section around it, was written."""
-    for end in range(len(path), -1, -1):
-        if path[:end] in sources:
-            return sources[path[:end]]
-    return "defaults"
+def _source(path: KeyPath, message: str, sources: Mapping[KeyPath, str]) -> str:
+    """Where a key was written, or those that the message names, or the nearest section around."""
+    if path in sources:
+        return sources[path]
+    inside = {where: None for key, where in sources.items() if key[: len(path)] == path and key[-1] in message}
+    if inside:
+        return ", ".join(inside)
+    return next((sources[path[:end]] for end in range(len(path), -1, -1) if path[:end] in sources), "defaults")
 
 
 def _validate(tree: _Tree) -> Config:
@@ -541,23 +557,35 @@ def _validate(tree: _Tree) -> Config:
         # By way of JSON, pydantic's strict mode takes lists for tuples but still no text for numbers.
         return Config.model_validate_json(json.dumps(values, default=str))
     except ValidationError as invalid:
-        lines = []
-        for error in invalid.errors():
-            path = tuple(str(part) for part in error["loc"] if _is_key(part, error["loc"]))
-            if error["type"] == "extra_forbidden":
-                line = f"unknown key; {_suggest(path)}"
-            else:
-                message = error["msg"].removeprefix("Value error, ")
-                got = error["input"]
-                line = (
-                    message
-                    if error["type"] == "value_error"
-                    else f"{message[0].lower()}{message[1:]}, got {_show(got)}"
-                )
-            lines.append(f"  {'.'.join(path) or 'config'}: {line}  [{_source(path, tree.sources)}]")
-        lines = list(dict.fromkeys(lines))
+        mistakes = _mistakes(invalid, values)
+        lines = [
+            f"  {'.'.join(path) or 'config'}: {message}  [{_source(path, message, tree.sources)}]"
+            for path, message in mistakes
+        ]
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         raise ConfigError("\n".join([f"the config has {count}:", *lines])) from None
+
+
+def _mistakes(invalid: ValidationError, values: dict[str, Any]) -> list[tuple[KeyPath, str]]:
+    """What is wrong with which key, once for each."""
+    mistakes: list[tuple[KeyPath, str]] = []
+    wrong: dict[tuple[KeyPath, str], list[str]] = {}  # a union complains once for each of its members
+    for error in invalid.errors():
+        path = _written_path(error["loc"], values, error["type"])
+        message = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "extra_forbidden":
+            mistakes.append((path, f"unknown key; {_suggest(path)}"))
+        elif error["type"] == "value_error":
+            mistakes.append((path, message))
+        elif error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]:
+            continue  # long enough, but its items are wrong, which is told by itself
+        else:
+            wrong.setdefault((path, _show(error["input"])), []).append(message[0].lower() + message[1:])
+    for (path, got), messages in wrong.items():
+        first, *others = dict.fromkeys(messages)
+        expected = " or ".join([first, *(text.removeprefix("input should be ") for text in others)])
+        mistakes.append((path, f"{expected}, got {got}"))
+    return mistakes
 
 
 def _without_nulls(values: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
@@ -577,11 +605,16 @@ def _nested_section(annotation: Any) -> type[BaseModel] | None:
     return next((t for t in types if issubclass(t, BaseModel)), None)
 
 
-def _is_key(part: int | str, loc: tuple[int | str, ...]) -> bool:
-    """Whether a part of a pydantic location was written by the user (unions add the names of their members)."""
-    if isinstance(part, int):
-        return True
-    return not (loc.index(part) > 0 and ("[" in part or part in ("int", "float", "bool", "str", "tuple", "literal")))
+def _written_path(loc: tuple[int | str, ...], values: Any, problem: str) -> KeyPath:
+    """The part of a pydantic location that was written by the user (unions add the names of their members)."""
+    path: KeyPath = ()
+    for part in loc:
+        if (isinstance(values, dict) and part in values) or (isinstance(values, list) and isinstance(part, int)):
+            values = values[part]  # type: ignore[index]
+        elif problem != "missing" or part != loc[-1]:
+            continue
+        path = (*path, str(part))
+    return path
 
 
 def _show(value: Any) -> str:

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.score_thresh <= 1:
         parser.error(f"--score-thresh must be within 0 and 1, got {arguments.score_thresh}")
-    paths = find_pictures(arguments.inputs)
+    paths = find_pictures(arguments.inputs, output_dir=arguments.output_dir)
     device = pick_device(arguments.device)
     predictor = load_predictor(arguments.checkpoint, device=device, score_thresh=arguments.score_thresh)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
@@ -43,12 +43,12 @@ def main(argv: list[str] | None = None) -> int:
             continue
         detections = prediction.detections
         records += result_records(image_id, str(prediction.path), detections, predictor.categories)
-        name = f"{prediction.path.stem}.jpg"
-        if name in used:  # another folder's file of the same name
-            name = f"{prediction.path.stem}_{image_id}.jpg"
-        used.add(name)
+        stem = prediction.path.stem
+        while stem in used:  # another folder's file of the same name
+            stem += f"_{image_id}"
+        used.add(stem)
         drawn = draw_detections(prediction.image, detections, predictor.categories.names)
-        drawn.save(arguments.output_dir / name, quality=92)
+        drawn.save(arguments.output_dir / f"{stem}.jpg", quality=92)
     write_records(records, arguments.output_dir / "detections.json")
     print(
         f"{len(records)} objects of score {arguments.score_thresh:g} or more in {len(paths) - len(unreadable)} pictures; "

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detector.config import load_config
+from detector.config import Config, load_config
 from detector.engine.command_line import command
 from detector.engine.train import train
 
@@ -30,17 +32,25 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(arguments.config, overrides)
     output_dir = arguments.output_dir or Path("runs") / arguments.config.stem
     metrics = train(config, output_dir, resume=arguments.resume)
-    print_summary(metrics, output_dir)
+    if os.environ.get("RANK", "0") == "0":
+        print_summary(metrics, config, output_dir)
     return 0
 
 
-def print_summary(metrics: dict[str, object], output_dir: Path) -> None:
+def print_summary(metrics: dict[str, Any], config: Config, output_dir: Path) -> None:
     """Where the results are, and what to do next."""
+    print()
     if "AP" in metrics:
-        print(f"best val AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}")
+        print(f"best on val:  AP {metrics['AP']:.3f}  AP50 {metrics['AP50']:.3f}")
+    if "test" in metrics:
+        print(f"on test:      AP {metrics['test']['AP']:.3f}  AP50 {metrics['test']['AP50']:.3f}")
+    python = "uv run" if "UV" in os.environ else "python"
+    pictures = config.data.val.images if config.data.val is not None else "PICTURES"
     print(
-        f"results in {output_dir}: metrics.json, checkpoints/best.pt, TensorBoard events\n"
-        f"next: python tools/predict.py --checkpoint {output_dir}/checkpoints/best.pt IMAGES --output-dir predictions"
+        f"results in {output_dir}: metrics.json, checkpoints/best.pt, curves and pictures for TensorBoard\n"
+        "next, look at what it finds:\n"
+        f"  {python} tools/predict.py --checkpoint {output_dir}/checkpoints/best.pt {pictures} "
+        f"--output-dir {output_dir}/pictures"
     )
 
 

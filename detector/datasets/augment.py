@@ -38,16 +38,18 @@ class Augmentation:
         transforms = [_build(step, f"data.augment[{i}]", mistakes) for i, step in enumerate(steps)]
         if mistakes:
             raise ConfigError("\n".join(["the augmentation pipeline has mistakes:", *(f"  {m}" for m in mistakes)]))
-        self.pipeline = A.Compose(
-            [t for t in transforms if t is not None],
-            bbox_params=A.BboxParams(
-                format="pascal_voc",
-                label_fields=["rows"],
-                min_visibility=min_visibility,
-                clip=True,
-                filter_invalid_bboxes=True,
-            ),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that no transform moves boxes, which is as it may be
+            self.pipeline = A.Compose(
+                [t for t in transforms if t is not None],
+                bbox_params=A.BboxParams(
+                    format="pascal_voc",
+                    label_fields=["rows"],
+                    min_visibility=min_visibility,
+                    clip=True,
+                    filter_invalid_bboxes=True,
+                ),
+            )
         self._try_out()
 
     def __call__(self, image: NDArray[np.uint8], objects: Objects, *, seed: Sequence[int]) -> _View:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from detector.datasets.checks import (
     KINDS,
+    BoxChecks,
     DatasetError,
     Problem,
     check_boxes,
@@ -215,13 +216,13 @@ def read_coco(
     image is usable, or, unless `on_error` is "skip", if anything is wrong that would change the dataset's meaning.
     """
     annotations, images = Path(annotations), None if images is None else Path(images)
+    problems: list[Problem] = []
     content = load_json(annotations)
     require_coco(annotations, content)
-    file_categories, label_of_id = read_categories(annotations, content["categories"], categories)
-    if images is not None and not images.is_dir():
+    file_categories, label_of_id = read_categories(annotations, content["categories"], categories, problems)
+    if images is not None and not os.path.isdir(images):
         raise DatasetError(f"{images}: no such image folder{nearest_path(images)}")
 
-    problems: list[Problem] = []
     entries = read_images(content["images"], problems, with_files=images is not None)
     facts, decode = None, False
     if images is not None:
@@ -243,18 +244,7 @@ def read_coco(
     of_boxes, overwhelming = format_problems(found.xywh, declared_sizes[found.rows], annotations.name)
     problems += of_boxes
     checks = check_boxes(found.xywh, entries.sizes[found.rows])
-    for kind, mask in (
-        ("box not finite", checks.not_finite),
-        ("box of zero size", checks.zero),
-        ("box outside image", checks.outside),
-        ("box partly outside", checks.partly),
-    ):
-        for k in np.flatnonzero(mask).tolist():
-            height, width = entries.sizes[found.rows[k]].tolist()
-            over = f", {checks.excess[k]:.2g} px beyond the image" if kind == "box partly outside" else ""
-            detail = f"[x, y, width, height] {numbers_text(found.xywh[k])} in {width} x {height}{over}"
-            problems.append(problem(kind, found.where(k, entries), detail))
-
+    problems += _box_problems(checks, found, entries)
     table_notes = {}
     if checks.partly.any():
         table_notes["box partly outside"] = f" (by at most {checks.excess[checks.partly].max():.2g} px)"
@@ -290,14 +280,29 @@ def read_coco(
         notes.append(f"left out: {num_images - int(alive.sum()):,} of {num_images:,} images, with {lost:,} annotations")
     if num_annotations > len(found.rows):
         notes.append(f"left out: {num_annotations - len(found.rows):,} of {num_annotations:,} annotations themselves")
-    for kind, n in counts.items():
-        notes.append(f"found: {n:,} {kind}, {KINDS[kind].action}{table_notes.get(kind, '')}")
+    notes += [f"found: {n:,} {k}, {KINDS[k].action}{table_notes.get(k, '')}" for k, n in counts.items()]
     notes.append(f"EXIF: {exif_note}")
     if facts is not None:
         notes.append(f"files: {_files_note(facts, alive, decode, verify != 'none')}")
     keep = alive[found.rows] & np.isfinite(found.xywh).all(axis=1) & (found.xywh[:, 2:] > 0).all(axis=1)
     trainable = ~checks.zero & ~checks.outside
     return _pack(annotations, images, file_categories, apply_exif, entries, found, keep, trainable, problems, notes)
+
+
+def _box_problems(checks: BoxChecks, found: AnnotationEntries, entries: ImageEntries) -> list[Problem]:
+    problems = []
+    for kind, mask in (
+        ("box not finite", checks.not_finite),
+        ("box of zero size", checks.zero),
+        ("box outside image", checks.outside),
+        ("box partly outside", checks.partly),
+    ):
+        for k in np.flatnonzero(mask).tolist():
+            height, width = entries.sizes[found.rows[k]].tolist()
+            over = f", {checks.excess[k]:.2g} px beyond the image" if kind == "box partly outside" else ""
+            detail = f"[x, y, width, height] {numbers_text(found.xywh[k])} in {width} x {height}{over}"
+            problems.append(problem(kind, found.where(k, entries), detail))
+    return problems
 
 
 def _decide_exif(
@@ -450,7 +455,7 @@ def _refusal(
                 "    ",
             )
         )
-    return "\n".join(line for line in lines if line is not None)
+    return "\n".join(lines)
 
 
 def _missing_hint(images: Path | None, missing: Problem | None) -> str:
@@ -458,19 +463,17 @@ def _missing_hint(images: Path | None, missing: Problem | None) -> str:
     if images is None or missing is None:
         return ""
     name = Path(missing.where.split("(", 1)[1][:-1].replace("\\", "/"))
-    if (images / name.name).is_file():
+    if os.path.isfile(images / name.name):
         return f"{name} is not in {images}, but {name.name} is: take the folders out of file_name"
-    for parent in list(images.absolute().parents)[:3]:
-        if (parent / name).is_file():
-            return f"{name} exists in {parent}: set the image folder to that"
+    folders = list(images.absolute().parents)[:3]
     try:
-        folders = [entry.path for entry in os.scandir(images) if entry.is_dir()]
-    except OSError:
-        return ""
-    for folder in sorted(folders):
-        if (Path(folder) / name).is_file():
+        folders += sorted(Path(entry.path) for entry in os.scandir(images) if entry.is_dir())
+    except OSError as error:
+        return f"{images} cannot be listed: {error.strerror}"
+    for folder in folders:
+        if os.path.isfile(folder / name):
             return f"{name} exists in {folder}: set the image folder to that"
     for suffix in (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG"):
-        if (images / name.with_suffix(suffix)).is_file():
+        if os.path.isfile(images / name.with_suffix(suffix)):
             return f"{name} is not there, but {name.with_suffix(suffix)} is: another extension?"
     return ""

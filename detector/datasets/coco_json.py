@@ -120,7 +120,7 @@ def nearest_path(path: Path) -> str:
     """What exists instead of a path: the part of it that does, and the most similar name there."""
     parent = path.absolute()
     missing = parent.name
-    while not parent.parent.exists():
+    while not os.path.isdir(parent.parent):
         parent = parent.parent
         missing = parent.name
     parent = parent.parent
@@ -134,7 +134,9 @@ def nearest_path(path: Path) -> str:
     return f"; {parent} has no {missing}" + (f", but {cut(there, 5)}" if there else " and is empty")
 
 
-def read_categories(path: Path, declared: list[Any], training: Categories | None) -> tuple[Categories, dict[int, int]]:
+def read_categories(
+    path: Path, declared: list[Any], training: Categories | None, problems: list[Problem]
+) -> tuple[Categories, dict[int, int]]:
     """The classes and the label of each category id. Raises `DatasetError` with all mistakes."""
     mistakes: list[str] = []
     names: dict[int, str] = {}
@@ -151,6 +153,9 @@ def read_categories(path: Path, declared: list[Any], training: Categories | None
             mistakes.append(f"category id {number} must stand for one class, got {names[number]!r} and {name!r}")
         else:
             names[number] = name
+            if type(category["id"]) is not int:
+                where = f"category {number} ({name})"
+                problems.append(problem("number written as text", where, f"id {shown(category['id'])}"))
     for name, uses in Counter(names.values()).items():
         if uses > 1:
             owners = ", ".join(str(i) for i in names if names[i] == name)
@@ -222,8 +227,8 @@ def _positive(values: list[Any]) -> NDArray[np.int32]:
 
 def _flags(values: list[Any]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(n,) iscrowd or ignore, and where it is neither 0 nor 1 nor absent."""
-    known = {0: False, 1: True, "0": False, "1": True, None: False}  # True and 1.0 are equal to 1
-    read = [known.get(v) if isinstance(v, int | float | str | None) else None for v in values]
+    known: dict[float | None, bool] = {0: False, 1: True, None: False}  # True and 1.0 are equal to 1
+    read = [known.get(v) if isinstance(v, int | float | None) else None for v in values]
     bad = np.array([r is None for r in read], bool)
     return np.array([bool(r) for r in read], bool), bad
 
@@ -384,7 +389,7 @@ def read_annotations(
 ) -> AnnotationEntries:
     """The annotations that have an image entry, a declared class and a box; what is wrong with the others.
 
-    Ids and iscrowd may be written as text or as 3.0 where they are integers beyond doubt.
+    Ids may be written as "3" or 3.0, which is noted; anything else that is no integer is malformed.
     """
     is_object = np.array([type(a) is dict for a in items], bool)
     for k in np.flatnonzero(~is_object).tolist():
@@ -460,7 +465,7 @@ def read_annotations(
     keep = np.flatnonzero(~malformed & has_image & has_class)
     areas, unusable = _areas([dicts[k].get("area") for k in keep.tolist()], xywh[keep])
     for k in keep[unusable].tolist():
-        detail = f"area must be a finite number, got {shown(dicts[k].get('area'))}"
+        detail = f"area must be a number of at least 0, got {shown(dicts[k].get('area'))}"
         problems.append(problem("unusable area", where(k), detail))
     return AnnotationEntries(
         rows[keep], labels[keep], xywh[keep], areas, crowd[keep], ignore[keep], ids[keep], ~no_id[keep], positions[keep]
@@ -470,7 +475,7 @@ def read_annotations(
 def _areas(values: list[Any], xywh: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """(T,) published areas, width times height where there is none; and where one was given that is no area."""
     areas = np.array([_float(v) if _is_number(v) else np.nan for v in values], np.float64)
-    unusable = ~np.isfinite(areas)
+    unusable = ~(np.isfinite(areas) & (areas >= 0))
     given = np.array([v is not None for v in values], bool)
     with np.errstate(over="ignore", invalid="ignore"):
         return np.where(unusable, xywh[:, 2] * xywh[:, 3], areas), unusable & given

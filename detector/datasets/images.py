@@ -319,8 +319,8 @@ class _Memory:
         row = self.rows.get(name)
         if row is None or (decode and not self.decoded[row]):
             return None
-        size, mtime = self.stats[row].tolist()
-        return row if (size, mtime) == (found.st_size, found.st_mtime_ns) else None
+        same = int(self.stats[row, 0]) == found.st_size and int(self.stats[row, 1]) == found.st_mtime_ns
+        return row if same else None
 
     def remember(
         self,

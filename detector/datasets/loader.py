@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -131,6 +133,8 @@ def build_loader(
     dataset: DetectionDataset, batches: Iterable[list[SampleKey]], *, num_workers: int, pin_memory: bool = False
 ) -> DataLoader[Batch]:
     """A loader that gives one `Batch` per list of keys."""
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # torch's types know no collate function that changes the type
         batch_sampler=batches,
@@ -148,3 +152,11 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """At exit multiprocessing sends SIGTERM to workers that an error left behind, and waits for them for ever, because
+    they ignore it; atexit runs this before."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detector.config import Config, ConfigError, config_from_dict
+from detector.config import Config, config_from_dict
 from detector.structures import Categories
 
 FORMAT = 1
@@ -39,6 +39,8 @@ class TrainState:
     scaler: dict[str, Any] | None = None
     best_ap: float = -1.0
     evaluations_since_best: int = 0
+    unlogged: Tensor | None = None
+    """(n, 5) what the steps since the last record of the log add to the next one."""
     finished: bool = False
     """Whether the run came to its end (all steps, or early stopping)."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -57,7 +59,7 @@ def save_checkpoint(state: TrainState, path: Path) -> None:
         CheckpointError: the disk refuses; the previous file is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # always this name, so that a killed process's is replaced
     content = {
         "format": FORMAT,
         "config": state.config.model_dump_json(),
@@ -90,8 +92,9 @@ def load_checkpoint(path: Path) -> TrainState:
         # mapped, so that reading a large file for its config costs nothing
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        first_line = next(iter(str(error).splitlines()), "it ends too early")
         raise CheckpointError(
-            f"checkpoint {path} cannot be read ({str(error).splitlines()[0]:.200}); it is damaged or no checkpoint of ours"
+            f"checkpoint {path} cannot be read ({first_line:.200}); it is damaged or no checkpoint of ours"
         ) from None
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise CheckpointError(
@@ -103,5 +106,5 @@ def load_checkpoint(path: Path) -> TrainState:
         categories = Categories(tuple(content["categories"]["ids"]), tuple(content["categories"]["names"]))
         config = config_from_dict(json.loads(content["config"]), str(path))
         return TrainState(config=config, categories=categories, **rest)
-    except (KeyError, TypeError, ConfigError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:  # ConfigError and JSONDecodeError are ValueErrors
         raise CheckpointError(f"checkpoint {path} is of another version of this program: {error}") from None

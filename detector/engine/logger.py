@@ -36,7 +36,9 @@ class RunLog:
         self.path = output_dir / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= start_step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            temporary = self.path.with_name(f".{self.path.name}.tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(self.path)
         self.file = self.path.open("a", encoding="utf-8", buffering=1)
         self.tensorboard = SummaryWriter(str(output_dir), purge_step=start_step + 1)
         if self.console.is_terminal:

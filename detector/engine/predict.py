@@ -84,11 +84,11 @@ def load_predictor(checkpoint: Path, *, device: torch.device, score_thresh: floa
     return Predictor(load_checkpoint(checkpoint), device=device, score_thresh=score_thresh)
 
 
-def find_pictures(inputs: Sequence[str]) -> list[Path]:
+def find_pictures(inputs: Sequence[str], *, output_dir: Path | None = None) -> list[Path]:
     """The files that names, folders (searched to the bottom) and globs stand for, each once, in order.
 
     Raises:
-        InputError: every input that stands for no picture.
+        InputError: every input that stands for no picture; or pictures in `output_dir`, which would be written over.
     """
     found: dict[Path, None] = {}
     mistakes = []
@@ -106,6 +106,12 @@ def find_pictures(inputs: Sequence[str]) -> list[Path]:
         found.update(dict.fromkeys(here))
     if mistakes:
         raise InputError("\n".join(["inputs must be pictures, folders of pictures, or globs, got:", *mistakes]))
+    inside = [str(p) for p in found if output_dir is not None and p.resolve().parent == output_dir.resolve()]
+    if inside:
+        raise InputError(
+            f"--output-dir {output_dir} must hold none of the inputs, which drawn pictures could replace, got "
+            f"{', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''}; choose another folder"
+        )
     return list(found)
 
 

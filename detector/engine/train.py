@@ -15,17 +15,18 @@ import numpy as np
 import torch
 import torchvision
 from numpy.typing import NDArray
+from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detector.anchors import best_anchor_iou
 from detector.boxes import area
-from detector.coco_eval import CocoResults, Metrics, ground_truth_warnings
+from detector.coco_eval import CocoResults, ground_truth_warnings
 from detector.config import Config, ConfigError, resolve_data_paths
 from detector.datasets.augment import Augmentation
 from detector.datasets.coco import CocoDataset, read_coco
-from detector.datasets.images import decode_image
+from detector.datasets.images import ImageError, decode_image
 from detector.datasets.loader import DetectionDataset, build_loader
 from detector.datasets.sampling import StepPlanner, TrainSampler
 from detector.datasets.transforms import padded_size, resized_size
@@ -34,11 +35,12 @@ from detector.engine.checkpoint import CheckpointError, TrainState, load_checkpo
 from detector.engine.evaluate import autocast, evaluate_model, prove_pipeline
 from detector.engine.logger import RunLog, duration
 from detector.engine.optim import Ema, build_optimizer, lr_factor, resolve_precision, scaled_lr, set_lr, warmup_of
+from detector.engine.predict import model_of
 from detector.losses import RetinaNetLoss, build_loss
 from detector.models import RetinaNet, build_anchors, build_model
 from detector.models.weights import load_backbone_weights, transfer
 from detector.reports.draw import side_by_side
-from detector.structures import Batch, Detections
+from detector.structures import Batch, Detections, Targets
 
 MAY_CHANGE_ON_RESUME = (
     "data.num_workers", "data.verify", "train.log_every", "train.checkpoint_every_steps", "train.images_every_epochs",
@@ -96,6 +98,7 @@ def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 def _train(config: Config, output_dir: Path, resume: str | None, device: torch.device) -> dict[str, Any]:
     state = _state_to_resume(config, output_dir, resume)
+    distributed.barrier()  # all have looked before the first writes what would make the others refuse
     if state is not None and state.finished:
         return _finished_metrics(output_dir)
     is_main = distributed.rank() == 0
@@ -115,7 +118,6 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
     start_step = state.step if state is not None else 0
     if is_main:
         (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(config.to_yaml())
     log = RunLog(output_dir, start_step=start_step, total_steps=total_steps, enabled=is_main)
     try:
         run = _Run(config, output_dir, device, state, train_set, log)
@@ -140,6 +142,8 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
         loader = build_loader(
             dataset, sampler, num_workers=config.data.num_workers, pin_memory=device.type == "cuda"
         )  # one pool of workers for the whole run: they read ahead over the ends of epochs and evaluations
+        if is_main:  # only now, so that a mistake found above leaves nothing that would be taken for a run
+            (output_dir / "config.yaml").write_text(config.to_yaml())
         with _stop_on_signal() as stop:
             batches = iter(loader)
             for epoch in range(start_step // planner.steps_per_epoch, config.train.epochs):
@@ -172,25 +176,26 @@ def train_one_epoch(run: _Run, batches: Iterator[Batch], sampler: TrainSampler, 
     planner, config, device = sampler.planner, run.config, run.device
     plan = planner.epoch(epoch)
     world = distributed.world_size()
-    accumulator = _Interval(device)
+    run.interval.start_clock()
     for within in range(run.state.step - epoch * planner.steps_per_epoch, planner.steps_per_epoch):
         waiting = time.monotonic()
         count = sampler.num_micro_batches(len(plan[within]))
         micro_batches = [next(batches).to(device) for _ in range(count)]
-        accumulator.waited += time.monotonic() - waiting
+        run.interval.waited += time.monotonic() - waiting
+        asked = stop.signum  # read once: a signal may come while the others are told
         # Matching needs no outputs, so the normaliser of the whole step is known before its first forward pass.
         matches = [run.loss.match(run.model.anchors_of(b.images), b.targets) for b in micro_batches]
         counts = torch.stack(
             [
                 torch.stack([m.num_pos.sum() for m in matches]).sum(),
                 torch.stack([(b.index >= 0).sum() for b in micro_batches]).sum(),
-                torch.tensor(stop.signum or 0, device=device),
+                torch.tensor(int(asked is not None), device=device),
             ]
         )
-        num_pos, num_images, stop_sum = distributed.sum_over_processes(counts).unbind()
-        if stop.signum is not None or (world > 1 and int(stop_sum)):  # all processes leave before the same step
+        num_pos, num_images, asked_of = distributed.sum_over_processes(counts).unbind()
+        if asked is not None or (world > 1 and int(asked_of)):  # all processes leave before the same step
             run.save()
-            raise Interrupted(stop.signum or int(stop_sum) // world)
+            raise Interrupted(asked or signal.SIGTERM)
 
         set_lr(run.optimizer, run.base_lr * lr_factor(run.state.step, sampler.total_steps, config.optim))
         losses: dict[str, Tensor] = {}
@@ -208,9 +213,9 @@ def train_one_epoch(run: _Run, batches: Iterator[Batch], sampler: TrainSampler, 
         grad_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if config.optim.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(trained, config.optim.clip_grad_norm, grad_norm)
-        accumulator.add(losses, grad_norm, num_pos, num_images, micro_batches)
+        run.interval.add(losses, grad_norm, num_pos, num_images, micro_batches)
         if device.type == "cpu":  # no sync to wait for, so a step that went wrong does not reach the weights
-            accumulator.check_finite(run, grads_may_overflow=run.precision == "fp16")
+            run.interval.check_finite(run, grads_may_overflow=run.precision == "fp16")
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
@@ -219,12 +224,12 @@ def train_one_epoch(run: _Run, batches: Iterator[Batch], sampler: TrainSampler, 
         if run.ema is not None:
             run.ema.update(run.model, step)
         if step % config.train.log_every == 0 or step == sampler.total_steps:
-            accumulator.check_finite(run, grads_may_overflow=run.precision == "fp16")
-            run.log.step(accumulator.record(run, planner.steps_per_epoch))
-            accumulator = _Interval(device)
+            run.interval.check_finite(run, grads_may_overflow=run.precision == "fp16")
+            run.log.step(run.interval.record(run, planner.steps_per_epoch))
+            run.interval = _Interval(device)
         every = config.train.checkpoint_every_steps
-        if every is not None and step % every == 0:
-            run.save()
+        if every is not None and step % every == 0 and within + 1 < planner.steps_per_epoch:
+            run.save()  # the epoch's last step is saved after its evaluation, which a resumed run would leave out
 
 
 class _Run:
@@ -259,6 +264,8 @@ class _Run:
         self.state = resumed or TrainState(config, train_set.categories, {}, step=0)
         if resumed is not None:
             self._restore(resumed)
+        # Of several processes only the first one's rows are saved, and each has the losses of its own images.
+        self.interval = _Interval(device, self.state.unlogged if distributed.world_size() == 1 else None)
         self.state.config, self.state.versions = config, _versions(device)
         compiled = config.train.compile is True or (config.train.compile == "auto" and device.type == "cuda")
         if compiled:
@@ -353,7 +360,9 @@ class _Run:
         metrics, results = evaluate_model(
             self.evaluated_model, val_set, self.config, device=self.device, progress=self.log.progress("evaluating")
         )
-        improved = metrics.values["AP"] > self.state.best_ap
+        best = self.output_dir / "checkpoints" / "best.pt"
+        # While AP is undefined (-1: no objects), the latest weights are taken for the best.
+        improved = metrics.values["AP"] > self.state.best_ap or self.state.best_ap < 0
         self.state.evaluations_since_best = 0 if improved else self.state.evaluations_since_best + 1
         self.state.best_ap = max(metrics.values["AP"], self.state.best_ap)
         record = metrics.to_json()
@@ -372,12 +381,12 @@ class _Run:
             )
         if distributed.rank() != 0:
             return
-        if improved:
-            self._write_metrics(metrics, None)
-            save_checkpoint(self.snapshot(), self.output_dir / "checkpoints" / "best.pt")
+        if improved or not best.exists():  # not there: resumed from a file into a new folder
+            write_json(metrics.to_json(), self.output_dir / "metrics.json")
+            save_checkpoint(self.snapshot(), best)
         every = self.config.train.images_every_epochs
         if every and epoch % every == 0:
-            pictures = val_pictures(val_set, results)
+            pictures = val_pictures(val_set, results, skip_unreadable=self.config.data.on_error == "skip")
             self.log.pictures("val: truth, predictions", pictures, self.state.step)
 
     def snapshot(self) -> TrainState:
@@ -392,6 +401,7 @@ class _Run:
         self.state.ema = self.ema.model.state_dict() if self.ema is not None else None
         self.state.optimizer = self.optimizer.state_dict()
         self.state.scaler = self.scaler.state_dict()
+        self.state.unlogged = torch.stack(self.interval.steps) if self.interval.steps else None
         return self.state
 
     def save(self) -> None:
@@ -405,9 +415,9 @@ class _Run:
         best = self.output_dir / "checkpoints" / "best.pt"
         test_metrics = None
         if test_set is not None and best.exists():
-            self.evaluated_model.load_state_dict(load_checkpoint(best).weights)
+            model = model_of(load_checkpoint(best), self.device)
             test_metrics, _ = evaluate_model(
-                self.evaluated_model, test_set, self.config, device=self.device, progress=self.log.progress("testing")
+                model, test_set, self.config, device=self.device, progress=self.log.progress("testing")
             )
         written = _finished_metrics(self.output_dir) if val_set is not None else {}
         if distributed.rank() == 0:
@@ -416,23 +426,22 @@ class _Run:
             write_json(written, self.output_dir / "metrics.json")
         return written
 
-    def _write_metrics(self, metrics: Metrics, test: Metrics | None) -> None:
-        content = metrics.to_json()
-        if test is not None:
-            content["test"] = test.to_json()
-        write_json(content, self.output_dir / "metrics.json")
-
 
 class _Interval:
-    """Sums over the steps since the last log; on the device, so that adding costs no sync."""
+    """The steps since the last log, those before an interruption included; on the device, so that adding is no sync."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, steps: Tensor | None = None) -> None:
+        # per step: loss_cls, loss_box, grad_norm, num_pos, num_images
+        self.steps: list[Tensor] = [] if steps is None else [*steps.to(device)]
+        self.image_ids: list[list[Tensor]] = [[] for _ in self.steps]
+        self.targets: list[list[Targets]] = [[] for _ in self.steps]
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Measure the speed from here: neither evaluations nor an earlier session count."""
         self.started = time.monotonic()
         self.waited = 0.0
-        self.steps: list[Tensor] = []  # per step: loss_cls, loss_box, grad_norm, num_pos, num_images
-        self.image_ids: list[list[Tensor]] = []
-        self.targets: list[Any] = []
-        self.device = device
+        self.timed_from = len(self.steps)
 
     def add(
         self, losses: dict[str, Tensor], grad_norm: Tensor, num_pos: Tensor, num_images: Tensor, batches: list[Batch]
@@ -471,6 +480,7 @@ class _Interval:
     def record(self, run: _Run, steps_per_epoch: int) -> dict[str, Any]:
         """Means since the last log. A sync point."""
         table = torch.stack(self.steps)
+        table[:, :2] = distributed.sum_over_processes(table[:, :2].contiguous())  # each has the losses of its images
         loss_cls, loss_box, grad_norm, num_pos, _ = table.mean(dim=0).tolist()
         elapsed = time.monotonic() - self.started
         record = {
@@ -482,7 +492,7 @@ class _Interval:
             "lr": run.optimizer.param_groups[0]["lr"] / (run.optimizer.param_groups[0]["lr_factor"] or 1),
             "grad_norm": grad_norm,
             "num_pos": num_pos,
-            "images_per_s": float(table[:, 4].sum()) / elapsed,
+            "images_per_s": float(table[self.timed_from :, 4].sum()) / elapsed,
             "data_wait": self.waited / elapsed,
         }
         if run.device.type == "cuda":
@@ -571,12 +581,19 @@ def coverage_warnings(model: RetinaNet, coco: CocoDataset, config: Config) -> li
     ]
 
 
-def val_pictures(coco: CocoDataset, results: CocoResults, count: int = 6) -> list[Any]:
+def val_pictures(
+    coco: CocoDataset, results: CocoResults, *, skip_unreadable: bool = False, count: int = 6
+) -> list[Image.Image]:
     """Ground truth beside predictions, for a few images spread over the set, always the same ones."""
     labels_of = {category_id: k for k, category_id in enumerate(coco.categories.ids)}
     pictures = []
     for index in np.unique(np.linspace(0, len(coco) - 1, count).astype(int)):
-        image = decode_image(coco.path(int(index)), apply_exif=coco.apply_exif)
+        try:
+            image = decode_image(coco.path(int(index)), apply_exif=coco.apply_exif)
+        except ImageError:
+            if skip_unreadable:
+                continue
+            raise
         rows: NDArray[np.intp] = np.nonzero(results.image_ids == coco.image_ids[index])[0]
         xywh = torch.from_numpy(results.boxes[rows]).float()
         found = Detections(
@@ -608,13 +625,14 @@ def _state_to_resume(config: Config, output_dir: Path, resume: str | None) -> Tr
     if state.optimizer is None:
         raise CheckpointError(f"{path} holds weights only and cannot be resumed; use --init-from {path}")
     then, now = flatten(state.config.model_dump()), flatten(config.model_dump())
-    different = [k for k in now if then.get(k) != now[k] and not k.startswith(MAY_CHANGE_ON_RESUME)]
+    keys = {**now, **then}  # of both: a section that is null on one side has its keys on the other only
+    different = [k for k in keys if then.get(k) != now.get(k) and not k.startswith(MAY_CHANGE_ON_RESUME)]
     if different:
         raise RunError(
             "\n".join(
                 [
                     f"--resume goes on with the run in {path}, whose settings must stay as they are, got:",
-                    *(f"  {k}: {then.get(k)!r} in the checkpoint, {now[k]!r} in the config" for k in different),
+                    *(f"  {k}: {then.get(k)!r} in the checkpoint, {now.get(k)!r} in the config" for k in different),
                     f"For a new run that starts from these weights, use --init-from {path} and another --output-dir.",
                 ]
             )
@@ -638,7 +656,7 @@ def _finished_metrics(output_dir: Path) -> dict[str, Any]:
 def _versions(device: torch.device) -> dict[str, str]:
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a subclass of str, which an inert reader refuses
         "torchvision": torchvision.__version__,
         "device": hardware,
         "threads": str(torch.get_num_threads()),
@@ -648,6 +666,6 @@ def _versions(device: torch.device) -> dict[str, str]:
 
 def write_json(content: Any, path: Path) -> None:
     """Write a file that is whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)

@@ -53,6 +53,11 @@ def dense_focal_loss(logits: Tensor, labels: Tensor, *, alpha: float | None = 0.
     if logits.device.type == "cpu":
         sums: Tensor = _ChunkedFocalLoss.apply(logits, labels, weights, gamma)
         return sums
+    return _plain_focal_loss(logits, labels, weights, gamma)
+
+
+def _plain_focal_loss(logits: Tensor, labels: Tensor, weights: tuple[float, float], gamma: float) -> Tensor:
+    """`dense_focal_loss` in operations that a compiler fuses on a GPU."""
     positive = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)
     x = logits.float()
     signed = torch.where(positive, -x, x)  # both sides are the same function of the logit of being wrong
@@ -61,7 +66,7 @@ def dense_focal_loss(logits: Tensor, labels: Tensor, *, alpha: float | None = 0.
 
 
 class _ChunkedFocalLoss(torch.autograd.Function):
-    """Loss and gradient in one pass: every entry as a negative, then the few positive entries put right.
+    """Loss and gradient in one pass: every entry as a negative, except the few positive ones, which follow.
 
     With s = sigmoid(x) and the negative side's loss s^g softplus(x), the derivative is
     s^g (g (1 - s) softplus(x) + s); the positive side is the same at -x with the sign turned.
@@ -71,23 +76,25 @@ class _ChunkedFocalLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: tuple[float, float], gamma: float) -> Tensor:
         batch, _, num_classes = logits.shape
         sums = torch.zeros(batch)
-        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        # fp16 cannot hold the gradient of an easy negative before GradScaler's factor arrives in `backward`
+        kept = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        grad = torch.empty_like(logits, dtype=kept, memory_format=torch.contiguous_format)
         rows = max(1, CHUNK // num_classes)
         for image in range(batch):
             chunks = zip(*(torch.split(t[image], rows) for t in (logits, grad, labels)), strict=True)
             for x, gradient, label in chunks:
                 loss, slope = _loss_and_slope(x.float(), gamma)
-                counted = (label >= -1).float()[:, None]
-                sums[image] += weights[1] * torch.sum(loss * counted)
-                gradient.copy_(slope.mul_(counted).mul_(weights[1]))
+                positive = torch.nonzero(label >= 0).squeeze(1)
+                loss[positive, label[positive]] = 0.0
+                weight = (label >= -1).float() * weights[1]
+                sums[image] += loss.sum(dim=1).dot(weight)
+                gradient.copy_(slope.mul_(weight[:, None]))
         images, anchors = torch.nonzero(labels >= 0, as_tuple=True)
         entry = (images, anchors, labels[images, anchors])
-        x = logits[entry].float()
-        loss, slope = _loss_and_slope(-x, gamma)
-        as_negative, _ = _loss_and_slope(x, gamma)
-        sums.index_add_(0, images, weights[0] * loss - weights[1] * as_negative)
+        loss, slope = _loss_and_slope(-logits[entry].float(), gamma)
+        sums.index_add_(0, images, weights[0] * loss)
         grad[entry] = (-weights[0] * slope).to(grad.dtype)
-        ctx.grad = grad
+        ctx.grad, ctx.dtype = grad, logits.dtype
         return sums
 
     @staticmethod
@@ -96,7 +103,7 @@ class _ChunkedFocalLoss(torch.autograd.Function):
         if ctx.grad is None:
             raise RuntimeError("dense_focal_loss keeps one gradient buffer and can be differentiated once, got twice")
         grad, ctx.grad = ctx.grad, None
-        return grad.mul_(grad_sums.to(grad.dtype)[:, None, None]), None, None, None
+        return grad.mul_(grad_sums[:, None, None]).to(ctx.dtype), None, None, None
 
 
 def _loss_and_slope(x: Tensor, gamma: float) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import pickle
-import urllib.error
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,12 @@ from detector.models.retinanet import RetinaNet
 from detector.structures import Categories
 
 SUFFIXES = (".pt", ".pth", ".npz", ".safetensors")
+
+# What torch, numpy, zipfile and safetensors were seen to raise on files with random bytes changed or cut off.
+DAMAGE = (
+    OSError, ValueError, TypeError, LookupError, RuntimeError, EOFError, AssertionError, struct.error, zlib.error,
+    zipfile.BadZipFile, safetensors.SafetensorError,
+)  # fmt: skip
 
 
 class WeightsError(ValueError):
@@ -75,11 +82,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raw = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"weights file {path} holds more than tensors and is not read, because it could run code: "
-            f"{str(error).splitlines()[0]}"
+            f"weights file {path} is not read: it is damaged, or holds more than tensors and could run code "
+            f"({_reason(error)}); save a state_dict instead"
         ) from None
-    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
-        raise WeightsError(f"weights file {path} cannot be read: {error}") from None
+    except DAMAGE as error:
+        raise WeightsError(f"weights file {path} cannot be read, it may be damaged: {_reason(error)}") from None
     for key in ("state_dict", "model"):
         if isinstance(raw, Mapping) and isinstance(raw.get(key), Mapping):
             raw = raw[key]
@@ -87,6 +94,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise WeightsError(f"weights file {path} must hold a mapping from names to tensors, got {type(raw).__name__}")
     return tensors
+
+
+def _reason(error: Exception) -> str:
+    """The telling line of an error; torch's long ones are mostly advice to load the file regardless."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if line and "weights_only" not in line and "Weights only load" not in line]
+    if not telling:
+        return type(error).__name__
+    return telling[0].removeprefix("WeightsUnpickler error: ").partition(" Please use")[0]
 
 
 def load_backbone_weights(backbone: ResNet, name: str, weights: str) -> LoadReport | None:
@@ -158,10 +174,11 @@ def _download(name: str) -> dict[str, Tensor]:
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        # weights_only: the file may be one that somebody put there by hand
+        state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (pickle.UnpicklingError, *DAMAGE) as error:
         raise WeightsError(
-            f"downloading the ImageNet weights of {name} failed ({error}).\n"
+            f"downloading the ImageNet weights of {name} failed ({_reason(error)}).\n"
             f"  Fetch {weights.url} elsewhere and put it at {target},\n"
             "  or set model.backbone_weights to a file, or to none (with model.norm=bn or gn) to train from scratch."
         ) from None
@@ -239,23 +256,27 @@ def transfer(
     if not updates:
         raise WeightsError("nothing of the source fits this model; compare model.backbone and model.fpn_channels")
 
-    anchor_pairs = _same_anchors(model.anchors, source_anchors)
-    by_name = {canonical_name(name): k for k, name in enumerate(source_classes.names)}
-    class_pairs = [(k, by_name[canonical_name(n)]) for k, n in enumerate(classes.names) if canonical_name(n) in by_name]
+    last = [prefix + kind for prefix in predictors for kind in ("weight", "bias")]
+    same_width = all(key in weights and weights[key].shape[1:] == own[key].shape[1:] for key in last)
+    anchor_pairs = _same_anchors(model.anchors, source_anchors) if same_width else []
+    by_name = {canonical_name(name): k for k, name in reversed([*enumerate(source_classes.names)])}
+    # A name as it is written comes first: a source that has both people and persons keeps them apart.
+    by_name |= {name: k for k, name in enumerate(source_classes.names)}
+    found = [by_name.get(name, by_name.get(canonical_name(name))) for name in classes.names]
+    class_pairs = [(k, source) for k, source in enumerate(found) if source is not None]
     coordinates = [(i, i) for i in range(4)]
     num_anchors = model.anchors.num_per_cell
-    for subnet, pairs in (("cls_subnet", class_pairs), ("box_subnet", coordinates)):
-        for kind in ("weight", "bias"):
-            key = f"{subnet}.predictor.{kind}"
-            if key in weights and weights[key].shape[1:] == own[key].shape[1:]:
-                old = torch.unflatten(weights[key], 0, (source_anchors.num_per_cell, -1))
-                new = torch.unflatten(own[key].clone(), 0, (num_anchors, -1))
-                for i, j in itertools.product(anchor_pairs, pairs):
-                    new[i[0], j[0]] = old[i[1], j[1]]
-                updates[key] = new.flatten(0, 1)
-    anchor_note = (
-        "" if len(anchor_pairs) == num_anchors else "the other anchors differ from the source's and start fresh"
-    )
+    for key in last if anchor_pairs else ():
+        old = torch.unflatten(weights[key], 0, (source_anchors.num_per_cell, -1))
+        new = torch.unflatten(own[key].clone(), 0, (num_anchors, -1))
+        for i, j in itertools.product(anchor_pairs, class_pairs if key.startswith("cls_subnet.") else coordinates):
+            new[i[0], j[0]] = old[i[1], j[1]]
+        updates[key] = new.flatten(0, 1)
+    anchor_note = ""
+    if not same_width:
+        anchor_note = "the last convolutions have another width than the source's and start fresh"
+    elif len(anchor_pairs) < num_anchors:
+        anchor_note = "the other anchors differ from the source's and start fresh"
     rows.append(TransferRow("anchors of a cell", len(anchor_pairs), num_anchors, anchor_note))
     known = {k: source_classes.names[s] for k, s in class_pairs} if anchor_pairs else {}
     same = ", ".join(f"{classes.names[k]} <- {name}" for k, name in known.items())

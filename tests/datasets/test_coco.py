@@ -100,7 +100,7 @@ def test_a_file_without_annotations_opens_with_every_image_kept(make: Make) -> N
 def test_a_file_without_images_is_refused(make: Make) -> None:
     for on_error in ("fail", "skip"):
         with pytest.raises(DatasetError, match="none of its 0 images can be used"):
-            read_coco(*make(minimal() | {"images": [], "annotations": []}), on_error=on_error, progress=False)  # type: ignore[arg-type]
+            read_coco(*make(minimal() | {"images": [], "annotations": []}), on_error=on_error, progress=False)
 
 
 def test_the_minimal_file_is_read_completely(make: Make) -> None:
@@ -324,6 +324,7 @@ REFUSED: list[tuple[str, Json, int, int]] = [
     ("malformed annotation", with_annotation(image_id=5.5), 2, 3),
     ("malformed annotation", with_annotation(iscrowd="yes"), 2, 3),
     ("malformed annotation", with_annotation(iscrowd=2), 2, 3),
+    ("malformed annotation", with_annotation(ignore="1"), 2, 3),
     ("malformed annotation", with_annotation(iscrowd=[1]), 2, 3),
     ("orphan annotation", with_annotation(image_id=77), 2, 3),
     ("unknown category", with_annotation(category_id=1), 2, 3),
@@ -364,6 +365,8 @@ NOTED: list[tuple[str, Json]] = [
     ("unusable annotation id", altered("annotations", 1, id="ann-1")),
     ("unusable area", altered("annotations", 1, area=float("nan"))),
     ("unusable area", altered("annotations", 1, area="big")),
+    ("unusable area", altered("annotations", 1, area=-1)),
+    ("number written as text", altered("categories", 0, id="7")),
     ("duplicate file name", altered("images", 0, file_name="sub/b.png")),
 ]
 
@@ -509,7 +512,7 @@ def test_truncated_images_are_found_by_decoding(make: Make) -> None:
     assert len(read_coco(*files, verify="none", progress=False)) == 2
     for verify in ("decode", "auto"):
         with pytest.raises(DatasetError, match="truncated"):
-            read_coco(*files, verify=verify, progress=False)  # type: ignore[arg-type]
+            read_coco(*files, verify=verify, progress=False)
 
 
 def test_verify_none_trusts_the_file_and_opens_images_only_where_it_lacks_a_size(make: Make) -> None:
@@ -711,7 +714,7 @@ def test_contradictory_categories_are_refused(make: Make, declared: list[Any], m
     content = minimal() | {"categories": declared, "annotations": []}
     for on_error in ("fail", "skip"):
         with pytest.raises(DatasetError, match=mistake):
-            read_coco(*make(content), on_error=on_error, progress=False)  # type: ignore[arg-type]
+            read_coco(*make(content), on_error=on_error, progress=False)
 
 
 def test_categories_of_training_are_matched_by_name_whatever_their_ids(make: Make) -> None:
@@ -815,7 +818,7 @@ def test_the_dataset_is_packed_and_pickles_small(tmp_path: Path) -> None:
 
 def test_how_images_were_checked_does_not_change_what_is_read(make: Make) -> None:
     files = make(minimal())
-    opened = [read_coco(*files, verify=v, progress=False) for v in ("none", "header", "decode", "decode")]  # type: ignore[arg-type]
+    opened = [read_coco(*files, verify=v, progress=False) for v in ("none", "header", "decode", "decode")]
     for data in opened[1:]:
         for key, value in vars(opened[0]).items():
             if isinstance(value, np.ndarray):

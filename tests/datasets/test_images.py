@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -52,6 +53,7 @@ def test_an_empty_file_is_no_image(tmp_path: Path) -> None:
             read(path)
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "gif", "webp"])
 def test_every_mode_of_8_bits_equals_pillows_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
@@ -318,3 +320,13 @@ def test_headers_of_png_are_read_without_decoding(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("the header check decoded the image"))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("the header check decoded the image"))
     assert read_header(tmp_path / "a.png").width == 30
+
+
+def test_a_file_changed_without_changing_its_size_is_looked_at_again(tmp_path: Path) -> None:
+    pixels = Image.fromarray(noise(20, 30, 3))
+    pixels.save(tmp_path / "a.bmp")
+    one = np.ones(1, bool)
+    assert check_images(tmp_path, ["a.bmp"], one, decode=True, progress=False).examined == 1
+    pixels.transpose(Image.Transpose.ROTATE_90).resize((30, 20)).save(tmp_path / "a.bmp")
+    os.utime(tmp_path / "a.bmp", ns=(1, 1))
+    assert check_images(tmp_path, ["a.bmp"], one, decode=True, progress=False).examined == 1

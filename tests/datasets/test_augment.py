@@ -1,0 +1,204 @@
+"""Augmentation: repeatable, independent, with boxes that stay on their objects, and mistakes told before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from detector.config import ConfigError
+from detector.datasets.augment import Augmentation
+from detector.datasets.coco import Objects
+
+NONE = np.zeros((0, 4), np.float32)
+Steps = Sequence[Mapping[str, Mapping[str, Any]]]
+
+
+def augmentation(*steps: Mapping[str, Mapping[str, Any]], min_visibility: float = 0.3) -> Augmentation:
+    return Augmentation(steps, min_visibility=min_visibility)
+
+
+def corner_picture() -> NDArray[np.uint8]:
+    """Only the upper left quarter is bright, so that a picture tells how it was flipped."""
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[:20, :30] = 200
+    return image
+
+
+def views(steps: Steps, seeds: list[list[int]]) -> list[bytes]:
+    """In a process of its own, if need be."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    objects = Objects(np.array([[5, 5, 30, 30]], np.float32), np.array([2]), NONE)
+    pipeline = augmentation(*steps)
+    seen = []
+    for seed in seeds:
+        picture, moved = pipeline(image, objects, seed=seed)
+        seen.append(picture.tobytes() + moved.boxes.tobytes())
+    return seen
+
+
+MANY: Steps = (
+    {"HorizontalFlip": {"p": 0.5}},
+    {"RandomBrightnessContrast": {"p": 0.7}},
+    {"OneOf": {"transforms": [{"VerticalFlip": {"p": 1.0}}, {"GaussianBlur": {"p": 1.0}}], "p": 0.8}},
+    {"Affine": {"translate_px": [-5, 5], "p": 0.5}},
+)
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_steps_change_nothing_and_need_no_warning() -> None:
+    image = corner_picture()
+    objects = Objects(np.array([[1, 2, 30, 20]], np.float32), np.array([4]), np.array([[0, 0, 10, 10]], np.float32))
+    picture, same = augmentation()(image, objects, seed=[0])
+    assert np.array_equal(picture, image)
+    assert np.array_equal(same.boxes, objects.boxes)
+    assert np.array_equal(same.labels, objects.labels)
+    assert np.array_equal(same.ignore_boxes, objects.ignore_boxes)
+
+
+def test_two_flips_of_one_pipeline_are_independent() -> None:
+    pipeline = augmentation({"HorizontalFlip": {"p": 0.5}}, {"VerticalFlip": {"p": 0.5}})
+    image, counts = corner_picture(), np.zeros((2, 2), int)
+    for index in range(400):
+        picture, _ = pipeline(image, Objects(NONE, np.zeros(0, np.int64), NONE), seed=[0, 0, index])
+        left, top = picture[:, :30].mean() > picture[:, 30:].mean(), picture[:20].mean() > picture[20:].mean()
+        counts[int(left), int(top)] += 1
+    assert counts.sum() == 400
+    # Each of the four outcomes has chance 1/4: 100 of 400, standard deviation 8.7; 4.5 of them are one in 100,000.
+    assert np.abs(counts - 100).max() < 39, counts
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["seed", "epoch", "image"])
+def test_every_image_of_every_epoch_of_every_run_draws_anew(which: int) -> None:
+    seeds = [[1, 1, 1] for _ in range(30)]
+    for i, seed in enumerate(seeds):
+        seed[which] = i
+    assert len(set(views(MANY, seeds))) >= 25
+
+
+def test_the_same_seed_gives_the_same_view_in_any_order_and_any_process() -> None:
+    seeds = [[0, epoch, index] for epoch in range(2) for index in range(5)]
+    here = views(MANY, seeds)
+    assert views(MANY, seeds[::-1])[::-1] == here
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:  # as the loader's workers on Linux
+        assert list(pool.map(views, [MANY, MANY], [seeds, seeds[3:]])) == [here, here[3:]]
+
+
+def test_all_mistakes_of_a_pipeline_are_told_together() -> None:
+    with pytest.raises(ConfigError) as told:
+        augmentation(
+            {"HorizontalFlop": {}},
+            {"HorizontalFlip": {"probability": 0.5}},
+            {"OneOf": {"p": 0.5}},
+            {"OneOf": {"transforms": [{"GausianBlur": {}}]}},
+            {"RandomCrop": {"height": -4, "width": 4}},
+        )
+    text = str(told.value)
+    for part in (
+        "data.augment[0]: unknown transform HorizontalFlop; did you mean HorizontalFlip?",
+        "data.augment[1]", "probability",
+        "data.augment[2]: OneOf must have a list `transforms`",
+        "data.augment[3].OneOf.transforms[0]: unknown transform GausianBlur; did you mean GaussianBlur?",
+        "data.augment[4]",
+    ):  # fmt: skip
+        assert part in text
+
+
+@pytest.mark.parametrize("name", ["Normalize", "ToFloat", "ToTensorV2"])
+def test_what_leaves_no_8_bit_picture_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"8-bit RGB|unknown transform ToTensorV2"):
+        augmentation({name: {"p": 1.0}})
+
+
+def test_what_leaves_no_8_bit_picture_is_refused_even_if_it_rarely_happens() -> None:
+    with pytest.raises(ConfigError, match="8-bit RGB"):
+        augmentation({"ToFloat": {"p": 0.01}})
+
+
+def test_what_moves_pixels_but_not_boxes_is_refused_and_what_moves_no_pixels_is_fine() -> None:
+    with pytest.raises(ConfigError, match="moves pixels but not boxes"):
+        augmentation(
+            {"GridElasticDeform": {"num_grid_xy": [4, 4], "magnitude": 5, "p": 1.0}},
+            {"OverlayElements": {}},
+            {"MaskDropout": {}},
+        )
+    augmentation({"GaussNoise": {"p": 1.0}}, {"ToGray": {"p": 1.0}}, {"CLAHE": {"p": 1.0}})
+
+
+def test_what_fails_on_a_picture_fails_before_training() -> None:
+    with pytest.raises(ConfigError, match=r"data\.augment fails on a 160x120 picture"):
+        augmentation({"RandomCrop": {"height": 500, "width": 500}})
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"HorizontalFlip": {"p": 1.0}},
+        {"VerticalFlip": {"p": 1.0}},
+        {"RandomRotate90": {"p": 1.0}},
+        {"Transpose": {"p": 1.0}},
+        {"Affine": {"scale": [0.6, 1.2], "translate_percent": [-0.1, 0.1], "p": 1.0}},
+        {"RandomCrop": {"height": 70, "width": 80, "p": 1.0}},
+        {"RandomSizedBBoxSafeCrop": {"height": 90, "width": 110, "p": 1.0}},
+        {"Resize": {"height": 200, "width": 90}},
+        {"PadIfNeeded": {"min_height": 200, "min_width": 220}},
+        {"LongestMaxSize": {"max_size": 70}},
+        {"SomeOf": {"n": 2, "transforms": [{"HorizontalFlip": {"p": 1.0}}, {"Transpose": {"p": 1.0}}, {"ToGray": {}}]}},
+        {"RandomOrder": {"n": 2, "transforms": [{"VerticalFlip": {"p": 1.0}}, {"Transpose": {"p": 1.0}}]}},
+        {"Sequential": {"transforms": [{"VerticalFlip": {"p": 1.0}}, {"Transpose": {"p": 1.0}}], "p": 1.0}},
+        {"OneOrOther": {"transforms": [{"VerticalFlip": {"p": 1.0}}, {"Transpose": {"p": 1.0}}]}},
+    ],
+    ids=lambda step: next(iter(step)),
+)
+def test_boxes_stay_on_what_they_bound(step: Mapping[str, Mapping[str, Any]]) -> None:
+    """A white rectangle on black is moved, and its box must move with it; the same box as ignore region too."""
+    pipeline = augmentation(step, min_visibility=0.0)
+    image = np.zeros((100, 120, 3), np.uint8)
+    image[30:70, 40:90] = 255
+    box = np.array([[40, 30, 90, 70]], np.float32)
+    seen = 0
+    for index in range(12):
+        picture, moved = pipeline(image, Objects(box, np.array([5]), box), seed=[0, 0, index])
+        assert picture.dtype == np.uint8
+        white = np.nonzero(picture[..., 0] > 127)
+        if not len(white[0]):
+            continue
+        at = [white[1].min(), white[0].min(), white[1].max() + 1, white[0].max() + 1]
+        assert np.abs(moved.boxes[0] - at).max() <= 1.5, (moved.boxes, at)
+        assert np.array_equal(moved.boxes, moved.ignore_boxes)
+        assert moved.labels.tolist() == [5]
+        assert moved.boxes.dtype == np.float32
+        seen += 1
+    assert seen >= 6
+
+
+def test_labels_stay_with_their_boxes_when_a_crop_drops_some() -> None:
+    pipeline = augmentation({"Crop": {"x_min": 0, "y_min": 0, "x_max": 50, "y_max": 100, "p": 1.0}})
+    boxes = np.array([[60, 10, 90, 40], [10, 10, 40, 40], [45, 50, 95, 90], [10, 60, 45, 95]], np.float32)
+    ignored = np.array([[0, 0, 10, 10], [70, 70, 90, 90]], np.float32)
+    _, left = pipeline(np.zeros((100, 100, 3), np.uint8), Objects(boxes, np.array([0, 1, 2, 3]), ignored), seed=[1])
+    assert left.labels.tolist() == [1, 3], "one is outside, of one only a tenth is left"
+    assert np.allclose(left.boxes, [[10, 10, 40, 40], [10, 60, 45, 95]])
+    assert left.ignore_boxes.tolist() == [[0, 0, 10, 10]]
+
+
+@pytest.mark.parametrize(("visibility", "kept"), [(0.0, 1), (0.4, 1), (0.6, 0)])
+def test_a_crop_drops_what_it_leaves_less_of_than_min_visibility(visibility: float, kept: int) -> None:
+    crop = {"Crop": {"x_min": 0, "y_min": 0, "x_max": 50, "y_max": 100, "p": 1.0}}
+    objects = Objects(np.array([[30, 20, 70, 60]], np.float32), np.array([0]), NONE)  # half of it
+    _, left = augmentation(crop, min_visibility=visibility)(np.zeros((100, 100, 3), np.uint8), objects, seed=[1])
+    assert len(left.boxes) == kept
+
+
+def test_a_box_that_rounding_put_outside_its_picture_does_no_harm() -> None:
+    objects = Objects(
+        np.array([[0, 0, np.nextafter(np.float32(33.3), np.float32(99)), 40]], np.float32), np.array([0]), NONE
+    )
+    _, left = augmentation({"HorizontalFlip": {"p": 1.0}})(np.zeros((40, 33, 3), np.uint8), objects, seed=[1])
+    assert left.boxes.tolist() == [[0, 0, 33, 40]]

@@ -1,0 +1,252 @@
+"""From keys to batches: padding, fillers, mirroring, and the same batches however they are made."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from detector.datasets.augment import Augmentation
+from detector.datasets.coco import CocoDataset, read_coco
+from detector.datasets.images import ImageError
+from detector.datasets.loader import EMPTY, DetectionDataset, Sample, build_loader, collate
+from detector.datasets.sampling import SampleKey, StepPlanner, TrainSampler
+from detector.structures import Batch, Targets
+from tests.tiny import REPO, images_of, write_coco
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+    annotations = write_coco(tmp_path_factory.mktemp("loader") / "train.json", 11, seed=1)
+    return opened(annotations)
+
+
+def opened(annotations: Path) -> CocoDataset:
+    return read_coco(annotations, images_of(annotations), verify="none", progress=False)
+
+
+def key(index: int = 0, **changes: Any) -> SampleKey:
+    values: dict[str, Any] = {"epoch": 0, "index": index, "min_size": 64, "canvas": (128, 128)}
+    return SampleKey(**(values | changes))
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    return [batch.images, *batch.targets, *batch[2:]]
+
+
+def run_of(coco: CocoDataset, *, workers: int, start: int = 0) -> list[Batch]:
+    planner = StepPlanner(
+        coco.sizes, 4, min_sizes=(48, 64), max_size=96, pad="batch_max_32", aspect_ratio_grouping=True, seed=5
+    )
+    steps = ({"HorizontalFlip": {"p": 0.5}}, {"Affine": {"translate_px": [-9, 9]}}, {"GaussNoise": {"p": 0.5}})
+    dataset = DetectionDataset(
+        coco, max_size=96, hflip=0.5, augmentation=Augmentation(steps, min_visibility=0.1), seed=5
+    )
+    return list(build_loader(dataset, TrainSampler(planner, start, 6, micro_batch=3), num_workers=workers))
+
+
+def assert_equal(some: list[Batch], others: list[Batch]) -> None:
+    assert len(some) == len(others)
+    for one, other in zip(some, others, strict=True):
+        for a, b in zip(tensors(one), tensors(other), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_number_of_workers_does_not_change_a_batch(coco: CocoDataset) -> None:
+    alone = run_of(coco, workers=0)
+    assert len({tuple(batch.images.shape) for batch in alone}) > 1, "scales must vary for this to say something"
+    torch.manual_seed(3)  # nor does the state of anyone's random numbers
+    np.random.seed(4)
+    assert_equal(run_of(coco, workers=1), alone)
+    assert_equal(run_of(coco, workers=4), alone)
+
+
+def test_batches_from_a_later_step_are_those_of_the_whole_run(coco: CocoDataset) -> None:
+    whole = run_of(coco, workers=0)
+    late = run_of(coco, workers=0, start=4)
+    assert_equal(late, whole[-len(late) :])
+
+
+def test_an_image_looks_different_in_every_epoch_and_for_every_seed(coco: CocoDataset) -> None:
+    augmentation = Augmentation(({"RandomBrightnessContrast": {"p": 1.0}},), min_visibility=0.1)
+    views = {
+        DetectionDataset(coco, max_size=96, augmentation=augmentation, seed=seed)[key(epoch=epoch)].image.tobytes()
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(views) == 9
+
+
+def test_mirroring_is_a_fair_coin_independent_of_the_augmentation(coco: CocoDataset) -> None:
+    """`data.hflip` and a HorizontalFlip of the pipeline must not agree, or else no picture is ever mirrored."""
+    once = Augmentation(({"HorizontalFlip": {"p": 0.5}},), min_visibility=0.0)
+    plain = DetectionDataset(coco, max_size=96)[key()].image
+    by_hflip = DetectionDataset(coco, max_size=96, hflip=0.5)
+    by_pipeline = DetectionDataset(coco, max_size=96, augmentation=once)
+    counts = np.zeros((2, 2), int)
+    for epoch in range(200):
+        mirrored = [not np.array_equal(d[key(epoch=epoch)].image, plain) for d in (by_hflip, by_pipeline)]
+        counts[int(mirrored[0]), int(mirrored[1])] += 1
+    assert np.abs(counts - 50).max() < 28, counts  # 4.5 standard deviations
+
+
+def test_a_mirrored_picture_has_mirrored_boxes(coco: CocoDataset) -> None:
+    plain, mirrored = (DetectionDataset(coco, max_size=96, hflip=p)[key()] for p in (0.0, 1.0))
+    width = plain.image.shape[1]
+    assert np.array_equal(mirrored.image, plain.image[:, ::-1])
+    assert np.array_equal(mirrored.objects.boxes[:, [0, 2]], width - plain.objects.boxes[:, [2, 0]])
+    assert np.array_equal(mirrored.objects.labels, plain.objects.labels)
+
+
+def test_boxes_and_ignore_regions_are_scaled_with_their_picture(tmp_path: Path) -> None:
+    annotations = write_coco(tmp_path / "set.json", 1, seed=0, sizes=[(100, 200)])
+    content = json.loads(annotations.read_text())
+    content["annotations"] = [
+        {"id": 1, "image_id": 10, "category_id": 7, "bbox": [20, 10, 40, 30], "area": 1200, "iscrowd": 0},
+        {"id": 2, "image_id": 10, "category_id": 3, "bbox": [100, 50, 100, 50], "area": 5000, "iscrowd": 1},
+    ]
+    annotations.write_text(json.dumps(content))
+    sample = DetectionDataset(opened(annotations), max_size=100)[key(min_size=64)]
+    assert sample.image.shape == (50, 100, 3), "the long side binds"
+    assert sample.original_size == (100, 200)
+    assert sample.objects.boxes.tolist() == [[10, 5, 30, 20]]
+    assert sample.objects.ignore_boxes.tolist() == [[50, 25, 100, 50]]
+
+
+def test_a_picture_that_augmentation_made_too_large_for_its_step_is_shrunk_to_fit(coco: CocoDataset) -> None:
+    turned = Augmentation(({"Transpose": {"p": 1.0}},), min_visibility=0.0)
+    dataset = DetectionDataset(coco, max_size=96, augmentation=turned)
+    sample = dataset[key(canvas=(64, 96))]  # picture 0 is landscape and is made upright
+    assert sample.image.shape[0] <= 64
+    assert sample.image.shape[1] <= 96
+    assert (sample.objects.boxes[:, 2:] <= [sample.image.shape[1] + 1e-3, sample.image.shape[0] + 1e-3]).all()
+
+
+def sample(height: int, width: int, num_objects: int, num_ignored: int = 0) -> Sample:
+    rng = np.random.default_rng(num_objects)
+    objects = EMPTY._replace(
+        boxes=rng.random((num_objects, 4), np.float32),
+        labels=np.arange(num_objects),
+        ignore_boxes=rng.random((num_ignored, 4), np.float32) + 1,
+    )
+    image = rng.integers(1, 255, (height, width, 3), dtype=np.uint8)
+    return Sample(image, objects, 10 + num_objects, (height * 2, width * 2), key(num_objects))
+
+
+def test_pictures_are_padded_with_zeros_at_the_right_and_bottom() -> None:
+    samples = [sample(100, 128, 2, 1), sample(128, 60, 0), sample(3, 5, 4)]
+    batch = collate(samples)
+    assert batch.images.shape == (3, 3, 128, 128)
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    for image, s in zip(batch.images, samples, strict=True):
+        height, width = s.image.shape[:2]
+        assert np.array_equal(image[:, :height, :width].permute(1, 2, 0).numpy(), s.image)
+        assert int(image.long().sum()) == int(s.image.astype(int).sum())
+    assert batch.image_sizes.tolist() == [[100, 128], [128, 60], [3, 5]]
+    assert batch.original_sizes.tolist() == [[200, 256], [256, 120], [6, 10]]
+    assert batch.image_ids.tolist() == [12, 10, 14]
+    assert batch.index.tolist() == [2, 0, 4]
+
+
+def test_targets_are_padded_to_the_fullest_image() -> None:
+    samples = [sample(10, 10, 2, 1), sample(10, 10, 0), sample(10, 10, 4)]
+    targets = collate(samples).targets
+    assert targets.boxes.shape == (3, 4, 4)
+    assert targets.labels.tolist() == [[0, 1, -1, -1], [-1] * 4, [0, 1, 2, 3]]
+    assert (targets.boxes.dtype, targets.labels.dtype) == (torch.float32, torch.int64)
+    assert targets.ignore_boxes.shape == (3, 1, 4)
+    for i, s in enumerate(samples):
+        assert np.array_equal(targets.boxes[i, : len(s.objects.boxes)].numpy(), s.objects.boxes)
+        assert not targets.boxes[i, len(s.objects.boxes) :].any()
+        assert not targets.ignore_boxes[i, len(s.objects.ignore_boxes) :].any()
+
+
+def test_a_batch_without_objects_has_empty_targets() -> None:
+    targets = collate([sample(10, 10, 0)]).targets
+    assert [tuple(t.shape) for t in targets] == [(1, 0, 4), (1, 0), (1, 0, 4)]
+
+
+def test_a_filler_is_black_and_ignored_everywhere(coco: CocoDataset) -> None:
+    batch = collate([DetectionDataset(coco, max_size=96)[key(-1)]])
+    assert batch.images.shape == (1, 3, 128, 128)
+    assert not batch.images.any()
+    assert batch.index.tolist() == batch.image_ids.tolist() == [-1]
+    assert (batch.targets.labels >= 0).sum() == 0
+    x1, y1, x2, y2 = batch.targets.ignore_boxes[0, 0].tolist()
+    assert x1 < -1e4
+    assert y1 < -1e4
+    assert x2 > 1e4
+    assert y2 > 1e4
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut", "text"])
+def test_a_picture_that_can_no_longer_be_read_is_named_or_replaced_by_a_filler(damage: str, tmp_path: Path) -> None:
+    annotations = write_coco(tmp_path / "set.json", 2, seed=0)
+    coco = opened(annotations)
+    path = coco.path(1)
+    if damage == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:200] if damage == "cut" else b"<html>not found</html>")
+    failing = DetectionDataset(coco, max_size=96)
+    with pytest.raises((ImageError, OSError), match=r"0020\.png"):
+        failing[key(1)]
+    assert failing[key(0)].image_id == 10
+    replaced = DetectionDataset(coco, max_size=96, skip_unreadable=True)[key(1)]
+    assert (replaced.image_id, replaced.key.index) == (-1, -1)
+
+
+def test_an_error_in_a_worker_keeps_its_kind_and_names_the_file(tmp_path: Path) -> None:
+    coco = opened(write_coco(tmp_path / "set.json", 2, seed=0))
+    coco.path(1).write_bytes(b"")
+    loader = build_loader(DetectionDataset(coco, max_size=96), [[key(0)], [key(1)]], num_workers=1)
+    with pytest.raises(ImageError, match=r"0020\.png"):
+        list(loader)
+
+
+FAILS_WITH_A_LIVING_LOADER = """
+import sys
+from pathlib import Path
+from detector.datasets.coco import read_coco
+from detector.datasets.loader import DetectionDataset, build_loader
+from detector.datasets.sampling import SampleKey
+coco = read_coco(Path(sys.argv[1]), Path(sys.argv[2]), verify="none", progress=False)
+keys = [[SampleKey(0, 0, 64, (128, 128))]] * 50
+batches = iter(build_loader(DetectionDataset(coco, max_size=96), keys, num_workers=2))
+next(batches)
+raise RuntimeError("something else went wrong")
+"""
+
+
+def test_a_process_that_fails_with_workers_at_work_ends(coco: CocoDataset) -> None:
+    """They ignore SIGTERM, by which Python would end them before it ends itself."""
+    command = [sys.executable, "-c", FAILS_WITH_A_LIVING_LOADER, str(coco.annotations), str(coco.images)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=REPO)
+    assert done.returncode == 1
+    assert "something else went wrong" in done.stderr
+
+
+def test_a_batch_survives_pickling_and_moving(coco: CocoDataset) -> None:
+    (batch,) = build_loader(DetectionDataset(coco, max_size=96), [[key(0), key(1)]], num_workers=0)
+    for copy in (pickle.loads(pickle.dumps(batch)), batch.to(torch.device("cpu"))):
+        assert isinstance(copy, Batch)
+        assert isinstance(copy.targets, Targets)
+        assert_equal([copy], [batch])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning needs CUDA")
+def test_every_tensor_of_a_batch_is_pinned(coco: CocoDataset) -> None:
+    loader = build_loader(DetectionDataset(coco, max_size=96), [[key(0)]], num_workers=1, pin_memory=True)
+    (batch,) = loader
+    assert isinstance(batch, Batch)
+    assert all(t.is_pinned() for t in tensors(batch))

@@ -1,0 +1,154 @@
+"""Which images make up which step: once each, the same for everyone, from anywhere in the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detector.datasets.sampling import SampleKey, StepPlanner, TrainSampler, eval_batches
+from detector.datasets.transforms import padded_size, resized_size
+
+
+def planner(num_images: int = 23, batch_size: int = 4, **changes: Any) -> StepPlanner:
+    """Of pictures of three shapes in turn: landscape, portrait, square."""
+    shapes = np.array([(300, 400), (400, 300), (200, 200)])
+    arguments: dict[str, Any] = {
+        "min_sizes": (100, 200, 300), "max_size": 500, "pad": "multiple_128", "aspect_ratio_grouping": False, "seed": 3,
+    }  # fmt: skip
+    return StepPlanner(shapes[np.arange(num_images) % 3], batch_size, **(arguments | changes))
+
+
+def steps_of(sampler: TrainSampler) -> list[list[list[SampleKey]]]:
+    """Micro-batches of a rank, grouped by step."""
+    batches = iter(sampler)
+    steps = []
+    for step in range(sampler.start_step, sampler.total_steps):
+        epoch, within = divmod(step, sampler.planner.steps_per_epoch)
+        count = sampler.num_micro_batches(len(sampler.planner.epoch(epoch)[within]))
+        steps.append([next(batches) for _ in range(count)])
+    assert next(batches, None) is None
+    return steps
+
+
+def real(micro_batches: list[list[SampleKey]]) -> list[SampleKey]:
+    return [key for micro_batch in micro_batches for key in micro_batch if key.index >= 0]
+
+
+@given(
+    num_images=st.integers(1, 60), batch_size=st.integers(1, 9), epoch=st.integers(0, 5), grouped=st.booleans(),
+)  # fmt: skip
+def test_an_epoch_holds_every_image_exactly_once_and_keeps_the_partial_batch(
+    num_images: int, batch_size: int, epoch: int, grouped: bool
+) -> None:
+    plan = planner(num_images, batch_size, aspect_ratio_grouping=grouped)
+    steps = plan.epoch(epoch)
+    assert sorted(np.concatenate(steps).tolist()) == list(range(num_images))
+    assert len(steps) == plan.steps_per_epoch == -(-num_images // batch_size)
+    full = [len(step) for step in steps if len(step) == batch_size]
+    assert len(full) >= len(steps) - 1
+
+
+def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
+    def order(seed: int, epoch: int, plan: StepPlanner | None = None) -> list[int]:
+        plan = plan or planner(seed=seed)
+        return [int(i) for step in plan.epoch(epoch) for i in step]
+
+    used = planner(seed=3)
+    for epoch in (5, 2, 0):
+        used.epoch(epoch)
+    np.random.seed(99)
+    assert order(3, 2) == order(3, 2, used)
+    assert len({tuple(order(seed, epoch)) for seed in (3, 4) for epoch in (0, 1, 2)}) == 6
+
+
+def test_a_grouped_step_is_all_portrait_or_all_landscape_but_for_the_leftovers() -> None:
+    plan = planner(100, 8, aspect_ratio_grouping=True)
+    portrait = plan.sizes[:, 0] > plan.sizes[:, 1]
+    for epoch in range(3):
+        mixed = [step for step in plan.epoch(epoch) if 0 < portrait[step].sum() < len(step)]
+        assert len(mixed) <= 1
+    ungrouped = planner(100, 8)
+    assert sum(0 < portrait[step].sum() < len(step) for step in ungrouped.epoch(0)) > 5
+
+
+def test_the_step_of_leftovers_is_not_always_the_last() -> None:
+    plan = planner(23, 4)
+    at = {next(i for i, step in enumerate(plan.epoch(e)) if len(step) == 3) for e in range(12)}
+    assert len(at) > 2
+
+
+def test_a_step_has_one_scale_and_a_canvas_that_all_its_images_fit() -> None:
+    plan = planner()
+    scales = set()
+    for epoch in range(4):
+        for number, indices in enumerate(plan.epoch(epoch)):
+            keys = plan.keys(epoch, number, indices)
+            assert len({(key.min_size, key.canvas) for key in keys}) == 1
+            scales.add(keys[0].min_size)
+            resized = np.array(
+                [resized_size((h, w), min_size=keys[0].min_size, max_size=500) for h, w in plan.sizes[indices]]
+            )
+            assert keys[0].canvas == padded_size((resized[:, 0].max(), resized[:, 1].max()), "multiple_128")
+    assert scales == {100, 200, 300}
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch"), [(1, None), (1, 1), (1, 3), (2, None), (2, 1), (3, 2), (8, None)]
+)
+def test_processes_and_micro_batches_partition_the_step_and_change_no_sample(
+    world_size: int, micro_batch: int | None, grouped: bool
+) -> None:
+    plan = planner(23, 4, aspect_ratio_grouping=grouped)
+    total = 2 * plan.steps_per_epoch
+    alone = steps_of(TrainSampler(plan, 0, total))
+    everyone = [
+        steps_of(TrainSampler(plan, 0, total, micro_batch=micro_batch, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
+    for whole, *parts in zip(alone, *everyone, strict=True):
+        together = [key for part in parts for key in real(part)]
+        assert sorted(together) == sorted(real(whole))
+        assert len({len(part) for part in parts}) == 1, "every process must make the same number of passes"
+        if micro_batch is not None:
+            assert max(len(batch) for part in parts for batch in part) <= micro_batch
+        for part in parts:
+            assert all(part), "no pass without a picture"
+            assert {key.canvas for batch in part for key in batch} == {whole[0][0].canvas}
+            assert len(real(part)) in (len(together) // world_size, -(-len(together) // world_size))
+
+
+def test_a_process_without_images_gets_a_filler() -> None:
+    plan = planner(1, 4)
+    (step,) = steps_of(TrainSampler(plan, 0, 1, rank=1, world_size=2))
+    assert [[key.index for key in batch] for batch in step] == [[-1]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(start=st.integers(0, 18), micro_batch=st.sampled_from([None, 1, 3]), world_size=st.integers(1, 3))
+def test_a_sampler_that_starts_late_gives_the_tail_of_the_whole_run(
+    start: int, micro_batch: int | None, world_size: int
+) -> None:
+    plan = planner()
+    total = 3 * plan.steps_per_epoch
+    for rank in range(world_size):
+        whole = steps_of(TrainSampler(plan, 0, total, micro_batch=micro_batch, rank=rank, world_size=world_size))
+        late = steps_of(TrainSampler(plan, start, total, micro_batch=micro_batch, rank=rank, world_size=world_size))
+        assert late == whole[start:]
+
+
+@given(num_images=st.integers(0, 40), batch_size=st.integers(1, 7))
+def test_evaluation_sees_every_image_once_in_batches_of_one_padded_shape(num_images: int, batch_size: int) -> None:
+    sizes = planner(num_images).sizes
+    batches = eval_batches(sizes, batch_size, min_size=200, max_size=500, pad="batch_max_32")
+    assert sorted(key.index for batch in batches for key in batch) == list(range(num_images))
+    for batch in batches:
+        assert 0 < len(batch) <= batch_size
+        for key in batch:
+            height, width = (int(side) for side in sizes[key.index])
+            alone = padded_size(resized_size((height, width), min_size=200, max_size=500), "batch_max_32")
+            assert key.canvas == alone, "padded as if it were alone"

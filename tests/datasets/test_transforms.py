@@ -1,0 +1,113 @@
+"""The geometry shared by training, evaluation and prediction."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from detector.datasets.coco import Objects
+from detector.datasets.transforms import fit_inside, mirror, padded_size, resize, resized_size, scale_objects
+
+NONE = np.zeros((0, 4), np.float32)
+SIDES = st.integers(1, 3000)
+
+
+def painted(box: tuple[int, int, int, int], size: tuple[int, int] = (60, 90)) -> tuple[np.ndarray, Objects]:
+    """A black picture with a white rectangle, which is both an object and an ignore region."""
+    image = np.zeros((*size, 3), np.uint8)
+    x1, y1, x2, y2 = box
+    image[y1:y2, x1:x2] = 255
+    boxes = np.array([box], np.float32)
+    return image, Objects(boxes, np.array([1]), boxes)
+
+
+def paint(image: np.ndarray) -> list[int]:
+    """The box of what is white."""
+    ys, xs = np.nonzero(image[..., 0] > 127)
+    return [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((600, 800), (800, 1067)),
+        ((800, 600), (1067, 800)),
+        ((100, 1000), (133, 1333)),  # the long side binds
+        ((800, 800), (800, 800)),
+        ((1, 5000), (1, 1333)),  # never nothing
+    ],
+)
+def test_the_short_side_is_scaled_unless_the_long_side_would_be_too_long(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert resized_size(size, min_size=800, max_size=1333) == expected
+
+
+@given(height=SIDES, width=SIDES, min_size=st.integers(16, 900))
+def test_a_resized_picture_keeps_its_shape_and_its_bounds(height: int, width: int, min_size: int) -> None:
+    new = resized_size((height, width), min_size=min_size, max_size=1333)
+    assert max(new) <= 1333
+    assert min(new) <= min_size
+    assert min(new) == min_size or max(new) == 1333
+    scale = min(min_size / min(height, width), 1333 / max(height, width))
+    assert abs(new[0] - height * scale) <= 0.5 or new[0] == 1
+    assert abs(new[1] - width * scale) <= 0.5 or new[1] == 1
+
+
+@given(height=SIDES, width=SIDES, canvas=st.tuples(SIDES, SIDES))
+def test_what_is_made_to_fit_fits_and_is_never_enlarged(height: int, width: int, canvas: tuple[int, int]) -> None:
+    new = fit_inside((height, width), canvas)
+    assert new[0] <= min(canvas[0], height)
+    assert new[1] <= min(canvas[1], width)
+    assert min(new) >= 1
+    if height <= canvas[0] and width <= canvas[1]:
+        assert new == (height, width)
+
+
+@given(height=SIDES, width=SIDES)
+def test_padding_rounds_up_to_the_next_multiple(height: int, width: int) -> None:
+    for pad, multiple in (("multiple_128", 128), ("batch_max_32", 32)):
+        padded = padded_size((height, width), pad)  # type: ignore[arg-type]
+        for side, new in zip((height, width), padded, strict=True):
+            assert new % multiple == 0
+            assert 0 <= new - side < multiple
+
+
+def test_a_picture_of_the_right_size_is_not_touched() -> None:
+    image, _ = painted((10, 10, 20, 20))
+    assert resize(image, (60, 90)) is image
+
+
+@pytest.mark.parametrize("size", [(120, 180), (30, 45), (61, 91), (40, 90)])
+def test_resized_boxes_lie_where_the_resized_paint_is(size: tuple[int, int]) -> None:
+    image, objects = painted((12, 18, 60, 48))
+    scaled = scale_objects(objects, (60, 90), size)
+    at = np.array(paint(resize(image, size)))
+    assert np.abs(scaled.boxes[0] - at).max() <= 1
+    assert np.array_equal(scaled.ignore_boxes, scaled.boxes)
+    assert scaled.labels.tolist() == [1]
+
+
+def test_shrinking_takes_the_mean_of_what_it_merges() -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 200
+    assert np.abs(resize(stripes, (16, 16)).astype(int) - 100).max() <= 1, "stripes must average, not alias"
+
+
+def test_mirrored_boxes_lie_where_the_mirrored_paint_is() -> None:
+    image, objects = painted((12, 18, 60, 48))
+    turned, moved = mirror(image, objects)
+    assert moved.boxes.tolist() == [paint(turned)]
+    assert moved.ignore_boxes.tolist() == [paint(turned)]
+    again, back = mirror(turned, moved)
+    assert np.array_equal(again, image)
+    assert np.array_equal(back.boxes, objects.boxes)
+
+
+def test_pictures_without_objects_are_transformed_too() -> None:
+    image = np.zeros((10, 20, 3), np.uint8)
+    objects = Objects(NONE, np.zeros(0, np.int64), NONE)
+    assert mirror(image, objects)[1].boxes.shape == (0, 4)
+    assert scale_objects(objects, (10, 20), (30, 60)).ignore_boxes.shape == (0, 4)

@@ -1,0 +1,189 @@
+"""Several processes, or several passes, in place of one: the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.models import resnet18
+
+from detector.config import load_config
+from detector.engine.train import train
+from detector.models import build_model
+from detector.models.weights import load_backbone_weights
+from tests.tiny import (
+    REPO,
+    TinyData,
+    differing,
+    images_of,
+    last_checkpoint,
+    ranks,
+    records,
+    start_tool,
+    wait,
+    wait_for,
+    write_coco,
+    write_config,
+)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet-18 that nobody trained, but whose batch norms have the statistics of their inputs."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pt"
+    torch.manual_seed(0)
+    model = resnet18().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the plain mean
+    with torch.no_grad():
+        for _ in range(4):
+            model(torch.randn(4, 3, 64, 64))
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """77 images, every second one without objects: 20 steps of four, one of them of a single image."""
+    folder = tmp_path_factory.mktemp("many")
+    annotations = write_coco(folder / "train.json", 77, seed=5)
+    content = json.loads(annotations.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] % 20]
+    annotations.write_text(json.dumps(content))
+    return TinyData(annotations, annotations)
+
+
+def one_epoch(folder: Path, many: TinyData, **settings: Any) -> Path:
+    defaults = {
+        "data__val": None, "train__epochs": 1, "data__min_size": [32, 48], "optim__warmup_steps": 5, "optim__lr": 0.01,
+        "optim__clip_grad_norm": 4.0,
+    }  # fmt: skip
+    return write_config(folder / "c.yaml", many, **(defaults | settings))
+
+
+def run_in_processes(config: Path, out: Path, log: Path, *more: str, world_size: int = 2) -> None:
+    argv = ["--config", str(config), "--output-dir", str(out), *more]
+    codes = wait([start_tool("train", argv, log, env) for env in ranks(world_size)], log)
+    assert codes == [0] * world_size, log.read_text()[-4000:]
+
+
+def norm_settings(norm: str, backbone: Path) -> dict[str, Any]:
+    if norm == "gn":
+        return {"model__norm": "gn"}
+    return {"model__norm": "frozen_bn", "model__backbone_weights": str(backbone), "model__trainable_layers": 5}
+
+
+def weights_before(config: Path) -> dict[str, Tensor]:
+    """The trained ones of what a run starts from."""
+    settings = load_config(config)
+    torch.manual_seed(settings.train.seed)
+    model = build_model(settings.model, 3)
+    load_backbone_weights(model.backbone, settings.model.backbone, settings.model.backbone_weights)
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_weights(one: Path, other: Path, config: Path, *, rtol: float = 1e-4) -> None:
+    """Each tensor to `rtol` of its largest entry; and they must have moved much further than that."""
+    a, b, before = last_checkpoint(one).model, last_checkpoint(other).model, weights_before(config)
+    assert a.keys() == b.keys()
+    size = {k: float(v.abs().max().clamp(min=1e-3)) for k, v in a.items()}
+    error = {k: float((a[k] - b[k]).abs().max()) / size[k] for k in a}
+    worst = max(error, key=lambda k: error[k])
+    assert error[worst] <= rtol, f"{worst}: {error[worst]}"
+    way = [float((a[k] - v).abs().max()) / size[k] for k, v in before.items()]
+    assert np.median(way) > 3 * rtol, f"hardly anything moved ({np.median(way):.2g}), so nothing was compared"
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "gn"])
+def test_two_processes_give_the_same_weights_as_one_after_20_steps(
+    norm: str, many: TinyData, backbone: Path, tmp_path: Path
+) -> None:
+    """Half of the images are empty, so often a process has no objects; in one step it has no image at all."""
+    config = one_epoch(tmp_path, many, **norm_settings(norm, backbone))
+    run_in_processes(config, tmp_path / "two", tmp_path / "log")
+    train(load_config(config), tmp_path / "one")
+    assert last_checkpoint(tmp_path / "one").step == last_checkpoint(tmp_path / "two").step == 20
+    assert_same_weights(tmp_path / "one", tmp_path / "two", config)
+    one, two = records(tmp_path / "one"), records(tmp_path / "two")
+    assert [r["num_pos"] for r in one] == [r["num_pos"] for r in two]
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-3), "the log shows the whole step"
+    assert [r["grad_norm"] for r in one] == pytest.approx([r["grad_norm"] for r in two], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "micro_batch", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_accumulating_small_batches_gives_the_same_weights_as_one_large_batch(
+    micro_batch: int, many: TinyData, tmp_path: Path
+) -> None:
+    # A gentle rate: batches of other sizes take other kernels, whose roundings a wild run would magnify.
+    config = one_epoch(tmp_path, many, optim__lr=0.002)
+    train(load_config(config), tmp_path / "whole")
+    train(load_config(config, [f"train.micro_batch={micro_batch}"]), tmp_path / "parts")
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts", config)
+    for one, other in zip(records(tmp_path / "whole"), records(tmp_path / "parts"), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_dividing_by_image_instead_in_two_processes_with_accumulation_is_the_same_too(
+    many: TinyData, tmp_path: Path
+) -> None:
+    config = one_epoch(tmp_path, many, loss__normalizer="per_image", optim__lr=0.002)
+    train(load_config(config), tmp_path / "whole")
+    run_in_processes(config, tmp_path / "parts", tmp_path / "log", "train.micro_batch=1")
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts", config)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_save_and_stop_as_one(data: TinyData, tmp_path: Path) -> None:
+    """A signal to only the second of them stops both before the same step; resumed, they end as if left alone."""
+    config = write_config(tmp_path / "c.yaml", data, train__epochs=3, data__test=split_of(data), optim__lr=0.002)
+    log = tmp_path / "log"
+    run_in_processes(config, tmp_path / "whole", log)
+    train(load_config(config), tmp_path / "one")
+    one, two = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "whole"))
+    assert two["test"]["AP"] == pytest.approx(one["test"]["AP"], abs=0.01)
+    assert two["AP"] == pytest.approx(one["AP"], abs=0.01)
+
+    cut = tmp_path / "cut"
+    argv = ["--config", str(config), "--output-dir", str(cut)]
+    processes = [start_tool("train", argv, log, env) for env in ranks(2)]
+    wait_for(lambda: (cut / "metrics.jsonl").exists() and bool(records(cut)), processes[0], log)
+    assert processes[1].pid is not None
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert wait(processes, log) == [128 + signal.SIGTERM] * 2, log.read_text()[-3000:]
+    assert 0 < last_checkpoint(cut).step < 9
+    run_in_processes(config, cut, log, "--resume", "auto")
+    assert differing(last_checkpoint(cut), last_checkpoint(tmp_path / "whole")) == []
+
+
+def split_of(data: TinyData) -> dict[str, str]:
+    return {"images": str(images_of(data.val)), "annotations": str(data.val)}
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_tool(many: TinyData, tmp_path: Path) -> None:
+    config = one_epoch(tmp_path, many)
+    out = tmp_path / "two"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+        "--master-port", ranks(1)[0]["MASTER_PORT"], str(REPO / "tools/train.py"), "--config", str(config),
+        "--output-dir", str(out),
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(load_config(config), tmp_path / "one")
+    assert_same_weights(tmp_path / "one", out, config)
+    assert done.stdout.count("epoch 1.00 step 20/20") == 1, "only the first process speaks"

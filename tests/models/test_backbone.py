@@ -1,0 +1,108 @@
+"""ResNets against torchvision's own, and what freezing leaves alone."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import FrozenBatchNorm2d
+
+from detector.config import Backbone, Norm
+from detector.models.backbone import PARTS, ResNet
+
+NAMES = get_args(Backbone)
+NORMS = get_args(Norm)
+
+
+def resnet(name: str = "resnet18", norm: Norm = "bn", eps: float = 1e-5, trainable: int = 5) -> ResNet:
+    return ResNet(name, norm=norm, norm_eps=eps, num_trainable_layers=trainable)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_features_equal_torchvisions(name: str) -> None:
+    torch.manual_seed(0)
+    reference: Any = torchvision.models.get_model(name, weights=None).eval()
+    for module in reference.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.get_buffer("running_mean"), std=0.1)
+            nn.init.uniform_(module.get_buffer("running_var"), 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.3, 0.7)
+    ours = resnet(name).eval()
+    left = ours.load_state_dict(reference.state_dict(), strict=False)
+    assert not left.missing_keys
+    assert all(key.startswith("fc.") for key in left.unexpected_keys)
+    images = torch.randn(1, 3, 65, 96)
+    nodes = {"layer2": "c3", "layer3": "c4", "layer4": "c5"}
+    with torch.no_grad():
+        expected = create_feature_extractor(reference, nodes)(images)
+        found = ours(images)
+    for feature, reference_feature, channels in zip(found, expected.values(), ours.channels, strict=True):
+        assert feature.shape[1] == channels
+        assert torch.equal(feature, reference_feature)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_of_the_config_is_built_with_torchvisions_parameters(name: str) -> None:
+    with torch.device("meta"):
+        ours = resnet(name)
+        reference: Any = torchvision.models.get_model(name, weights=None)
+    expected = {k: v.shape for k, v in reference.state_dict().items() if not k.startswith("fc.")}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == expected
+    wide = 512 if name in ("resnet18", "resnet34") else 2048
+    assert ours.channels == (wide // 4, wide // 2, wide)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_norm_is_used_throughout_with_its_eps(norm: Norm) -> None:
+    kinds = {
+        "frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d, "sync_bn": nn.SyncBatchNorm, "gn": nn.GroupNorm
+    }  # fmt: skip
+    norms = [m for name, m in resnet(norm=norm, eps=1e-3).named_modules() if "bn" in name or "downsample.1" in name]
+    assert len(norms) == 20
+    assert {type(m) for m in norms} == {kinds[norm]}
+    assert all(m.eps == 1e-3 for m in norms)
+
+
+@pytest.mark.parametrize("norm", ["bn", "frozen_bn", "gn"])
+@pytest.mark.parametrize("trainable", range(6))
+def test_frozen_parts_get_no_gradients_and_the_others_do(trainable: int, norm: Norm) -> None:
+    torch.manual_seed(0)
+    backbone = resnet(norm=norm, trainable=trainable).train()
+    total = sum((f.square().mean() for f in backbone(torch.randn(2, 3, 64, 64))), torch.zeros(()))
+    if total.requires_grad:
+        torch.autograd.backward(total)
+    assert total.requires_grad == (trainable > 0)
+    frozen = PARTS[: 5 - trainable]
+    for name, parameter in backbone.named_parameters():
+        part = name.split(".")[0] if name.startswith("layer") else "stem"
+        assert parameter.requires_grad == (part not in frozen), name
+        assert (parameter.grad is None) == (part in frozen), name
+
+
+@pytest.mark.parametrize("trainable", [0, 3, 5])
+def test_frozen_parts_keep_their_statistics_while_training(trainable: int) -> None:
+    backbone = resnet(trainable=trainable)
+    before = {k: v.clone() for k, v in backbone.named_buffers() if "running" in k}
+    assert backbone.eval().train() is backbone
+    backbone(torch.randn(2, 3, 64, 64))
+    for name, value in backbone.named_buffers():
+        if "running" in name:
+            part = name.split(".")[0] if name.startswith("layer") else "stem"
+            assert torch.equal(value, before[name]) == (part in PARTS[: 5 - trainable]), name
+
+
+def test_frozen_batch_norm_never_changes() -> None:
+    backbone = resnet(norm="frozen_bn")
+    before: dict[str, Tensor] = {k: v.clone() for k, v in backbone.named_buffers()}
+    backbone.train()(torch.randn(2, 3, 64, 64))
+    assert all(torch.equal(v, before[k]) for k, v in backbone.named_buffers())
+    assert not [k for k, _ in backbone.named_parameters() if "bn" in k]
+
+
+def test_evaluation_mode_reaches_every_part() -> None:
+    backbone = resnet(trainable=3).train().eval()
+    assert not any(m.training for m in backbone.modules())

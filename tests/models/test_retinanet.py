@@ -1,0 +1,369 @@
+"""The whole detector against torchvision's, with the same random weights."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.models.detection import retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
+from torchvision.models.detection._utils import overwrite_eps
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import FrozenBatchNorm2d, box_iou
+
+from detector.anchors import pyramid_grids
+from detector.config import HeadConfig, ModelConfig
+from detector.losses import RetinaNetLoss
+from detector.losses.box import BoxLoss
+from detector.models import RetinaNet, build_model
+from detector.postprocess import postprocess
+from detector.structures import Detections, Targets
+
+CLASSES = 7
+ANCHORS: dict[str, Any] = {
+    "sizes": [[float(x), float(int(x * 2 ** (1 / 3))), float(int(x * 2 ** (2 / 3)))] for x in (32, 64, 128, 256, 512)],
+    "octave_scales": [1.0],
+    "strides": "grid",
+    "center_offset": 0.0,
+    "rounding": "integer",
+}
+
+
+class Pair(NamedTuple):
+    """torchvision's detector and ours, with the same weights."""
+
+    theirs: Any
+    ours: RetinaNet
+    box: BoxLoss
+    tower_step: int
+    """Modules of ours for each of a tower's convolutions."""
+
+
+class Unchanged(nn.Module):
+    """Stands for torchvision's transform: the network input comes as it is, and so do the detections."""
+
+    def __init__(self, sizes: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, images: Tensor, targets: Any) -> tuple[ImageList, Any]:
+        return ImageList(images, self.sizes), targets
+
+    def postprocess(self, result: Any, sizes: Any, original_sizes: Any) -> Any:
+        return result
+
+
+def randomise(model: Any, seed: int) -> None:
+    """Weights with which every layer matters and hundreds of objects of all classes are found."""
+    torch.manual_seed(seed)
+    images = torch.randn(2, 3, 128, 128)
+    norms = [m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            nn.init.uniform_(norm.weight, 0.4, 0.8)  # a deep random network explodes with 1
+            nn.init.normal_(norm.bias, std=0.2)
+            norm.momentum = 1.0
+        model.train()
+        model.backbone(images)  # statistics as they would be, then disturbed
+        model.eval()
+        for norm in norms:
+            mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+            mean.add_(torch.randn_like(mean) * 0.2 * var.sqrt())
+            var.mul_(torch.empty_like(var).uniform_(0.7, 1.4))
+        classes, boxes = model.head.classification_head, model.head.regression_head
+        for module in [*classes.conv.modules(), *boxes.conv.modules()]:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            elif isinstance(module, nn.GroupNorm):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.2)
+        finest = model.backbone(images)["0"]
+        for predictor, tower, level, spread in (
+            (classes.cls_logits, classes.conv, -3.0, 1.0),
+            (boxes.bbox_reg, boxes.conv, 0.0, 0.3),
+        ):
+            predictor.bias.zero_()
+            out = predictor(tower(finest))
+            factor = spread / out.std(dim=(0, 2, 3))
+            predictor.weight.mul_(factor[:, None, None, None])
+            predictor.bias.copy_(level - factor * out.mean(dim=(0, 2, 3)))
+
+
+def freeze_batch_norms(module: nn.Module) -> None:
+    """BatchNorm2d to FrozenBatchNorm2d, as torchvision builds its first RetinaNet with weights."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features)
+            frozen.load_state_dict(child.state_dict())
+            setattr(module, name, frozen)
+        else:
+            freeze_batch_norms(child)
+
+
+def our_name(key: str, tower_step: int) -> str:
+    """torchvision's name of a tensor to ours."""
+    key = key.replace("backbone.body.", "backbone.").replace("backbone.fpn.", "fpn.")
+    key = re.sub(r"inner_blocks\.(\d)\.0", r"lateral.\1", key)
+    key = re.sub(r"layer_blocks\.(\d)\.0", r"output.\1", key)
+    key = key.replace("extra_blocks.", "")
+    key = key.replace("head.classification_head.", "cls_subnet.").replace("head.regression_head.", "box_subnet.")
+    key = key.replace("cls_logits", "predictor").replace("bbox_reg", "predictor")
+    return re.sub(r"conv\.(\d)\.(\d)", lambda m: f"tower.{int(m[1]) * tower_step + int(m[2])}", key)
+
+
+def v1() -> Pair:
+    theirs = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=CLASSES)
+    randomise(theirs, 0)
+    freeze_batch_norms(theirs)
+    overwrite_eps(theirs, 0.0)  # as torchvision does for its weights
+    config = ModelConfig.model_validate(
+        {"norm": "frozen_bn", "norm_eps": 0.0, "trainable_layers": 5, "p6_from": "p5", "anchors": ANCHORS},
+        strict=False,
+    )
+    ours = build_model(config, CLASSES)
+    ours.load_state_dict({our_name(key, 2): value for key, value in theirs.state_dict().items()})
+    return Pair(theirs.eval(), ours.eval(), "l1", 2)
+
+
+def v2() -> Pair:
+    theirs = retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=CLASSES)
+    randomise(theirs, 1)
+    config = ModelConfig.model_validate(
+        {"norm": "bn", "trainable_layers": 5, "p6_from": "c5", "head": {"norm": "gn"}, "anchors": ANCHORS},
+        strict=False,
+    )
+    ours = build_model(config, CLASSES)
+    ours.load_state_dict({our_name(key, 3): value for key, value in theirs.state_dict().items()})
+    return Pair(theirs.eval(), ours.eval(), "giou", 3)
+
+
+@pytest.fixture(scope="module", params=[v1, v2], ids=["v1", "v2"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    made: Pair = request.param()
+    return made
+
+
+def padded_images(sizes: list[tuple[int, int]], padded: tuple[int, int]) -> Tensor:
+    """Normalised images, zero where padded."""
+    random = torch.Generator().manual_seed(0)
+    batch = torch.zeros(len(sizes), 3, *padded)
+    for image, (height, width) in zip(batch, sizes, strict=True):
+        image[:, :height, :width] = torch.randn(3, height, width, generator=random)
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("sizes", "padded"),
+    [
+        ([(128, 128)], (128, 128)),
+        ([(224, 301)], (224, 320)),  # no multiple of 128: uneven strides
+        ([(97, 130), (160, 101)], (161, 131)),  # odd, as nobody pads, but both must do the same
+    ],
+)
+def test_detections_equal_torchvisions(pair: Pair, sizes: list[tuple[int, int]], padded: tuple[int, int]) -> None:
+    images = padded_images(sizes, padded)
+    pair.theirs.transform = Unchanged(sizes)
+    with torch.no_grad():
+        expected = pair.theirs(images)
+        found = postprocess(
+            pair.ours.forward_normalized(images),
+            torch.tensor(sizes),
+            score_thresh=0.05,
+            topk_candidates=1000,
+            nms_thresh=0.5,
+            detections_per_img=300,
+        )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(theirs["boxes"]) >= 200
+        assert len(theirs["labels"].unique()) == CLASSES
+        assert len(ours) == pytest.approx(len(theirs["boxes"]), rel=0.01)
+        assert compare(ours, theirs)[0] <= 0.01 * len(ours)  # near-ties of non-maximum suppression
+
+
+def compare(ours: Detections, theirs: dict[str, Tensor]) -> tuple[int, float, float]:
+    """Pair detections one to one within 1e-3 px and 1e-5: how many have no twin; the largest errors of the others."""
+    free = torch.ones(len(theirs["boxes"]), dtype=torch.bool)
+    without_twin, box_error, score_error = 0, 0.0, 0.0
+    for box, score, label in zip(ours.boxes, ours.scores, ours.labels, strict=True):
+        distance = (theirs["boxes"] - box).abs().amax(dim=1)
+        off = (theirs["scores"] - score).abs()
+        fits = free & (distance <= 1e-3) & (off <= 1e-5) & (theirs["labels"] == label)
+        if not fits.any():
+            without_twin += 1
+            continue
+        twin = int(torch.where(fits, distance, torch.inf).argmin())
+        free[twin] = False
+        box_error, score_error = max(box_error, distance[twin].item()), max(score_error, off[twin].item())
+    return without_twin, box_error, score_error
+
+
+def test_comparison_notices_a_shifted_box_and_a_wrong_class() -> None:
+    """The test above rests on this."""
+    boxes = torch.tensor([[0.0, 0.0, 5.0, 5.0], [9.0, 9.0, 20.0, 20.0]])
+    ours = Detections(boxes, torch.tensor([0.9, 0.8]), torch.tensor([0, 1]))
+    theirs = {"boxes": boxes, "scores": ours.scores, "labels": ours.labels}
+    assert compare(ours, theirs)[0] == 0
+    assert compare(ours, {**theirs, "boxes": boxes + 0.002})[0] == 2
+    assert compare(ours, {**theirs, "labels": torch.tensor([0, 0])})[0] == 1
+    assert compare(ours, {**theirs, "scores": ours.scores + 2e-5})[0] == 2
+    assert compare(ours, {key: value[:1].repeat(2, *[1] * (value.dim() - 1)) for key, value in theirs.items()})[0] == 1
+
+
+def random_objects(n: int, size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    low = torch.rand(n, 2, generator=random) * torch.tensor([size[1] * 0.6, size[0] * 0.6])
+    high = low + 8 + torch.rand(n, 2, generator=random) * torch.tensor([size[1] * 0.4, size[0] * 0.4])
+    return torch.cat([low, high.minimum(torch.tensor([size[1], size[0]]))], dim=1), torch.randint(
+        0, CLASSES, (n,), generator=random
+    )
+
+
+@pytest.mark.parametrize("counts", [[0], [6], [5, 0, 9]])
+def test_losses_and_gradients_of_all_parameters_equal_torchvisions(pair: Pair, counts: list[int]) -> None:
+    size = (96, 128)
+    images = padded_images([size] * len(counts), size)
+    objects = [random_objects(n, size, seed) for seed, n in enumerate(counts)]
+    pair.theirs.transform = Unchanged([size] * len(counts))
+    pair.theirs.zero_grad()
+    pair.theirs.training = True  # of the outermost module only: losses instead of detections, statistics as they are
+    try:
+        expected = pair.theirs(images, [{"boxes": boxes, "labels": labels} for boxes, labels in objects])
+    finally:
+        pair.theirs.training = False
+    torch.autograd.backward(expected["classification"] + expected["bbox_regression"])
+
+    targets = Targets(
+        pad_sequence([boxes for boxes, _ in objects], batch_first=True),
+        pad_sequence([labels for _, labels in objects], batch_first=True, padding_value=-1),
+        torch.zeros(len(counts), 0, 4),
+    )
+    pair.ours.zero_grad()
+    outputs = pair.ours.forward_normalized(images)
+    found = RetinaNetLoss(box=pair.box, normalizer="per_image", low_quality_matches=True)(outputs, targets)
+    torch.autograd.backward(found["loss_cls"] + found["loss_box"])
+
+    torch.testing.assert_close(found["loss_cls"], expected["classification"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["loss_box"], expected["bbox_regression"], rtol=1e-5, atol=0)
+    own = dict(pair.ours.named_parameters())
+    for name, parameter in pair.theirs.named_parameters():
+        ours, theirs = own.pop(our_name(name, pair.tower_step)).grad, parameter.grad
+        assert ours is not None, name
+        assert theirs is not None, name
+        assert (theirs.norm() > 0) == (sum(counts) > 0 or "regression_head" not in name), name
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm(), name
+    assert not own
+
+
+def small_config(**settings: Any) -> ModelConfig:
+    values = {"backbone": "resnet18", "backbone_weights": "none", "norm": "bn", "fpn_channels": 16, **settings}
+    return ModelConfig.model_validate({"head": {"depth": 1}, **values}, strict=False)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (32, 96), (128, 256), (33, 190), (161, 99), (224, 320)])
+@pytest.mark.parametrize("p6_from", ["c5", "p5"])
+def test_pyramid_grids_are_those_of_the_real_feature_maps(size: tuple[int, int], p6_from: str) -> None:
+    model = build_model(small_config(p6_from=p6_from), 2).eval()
+    with torch.no_grad():
+        features = model.fpn(model.backbone(torch.zeros(1, 3, *size)))
+        outputs = model.forward_normalized(torch.zeros(1, 3, *size))
+    assert [tuple(f.shape[-2:]) for f in features] == pyramid_grids(size)
+    assert outputs.all_cls_logits().shape == (1, len(outputs.anchors), 2)
+    assert outputs.all_box_deltas().shape == (1, len(outputs.anchors), 4)
+
+
+def test_every_output_looks_at_its_own_anchor() -> None:
+    """A lone bright spot changes the logits of the anchors around it most."""
+    torch.manual_seed(0)
+    model = build_model(small_config(head={"depth": 0}), 1).eval()
+    with torch.no_grad():
+        plain = model.forward_normalized(torch.zeros(1, 3, 256, 384))
+        spot = torch.zeros(1, 3, 256, 384)
+        spot[..., 60:68, 300:308] = 5.0
+        change = (model.forward_normalized(spot).cls_logits[0] - plain.cls_logits[0]).abs().amax(dim=(0, 2))
+    anchors = plain.anchors[: len(change)]
+    center = (anchors[:, :2] + anchors[:, 2:]) / 2
+    x, y = ((center * change[:, None]).sum(dim=0) / change.sum()).tolist()
+    assert abs(x - 304) < 24
+    assert abs(y - 64) < 24
+
+
+def test_padding_is_zero_after_normalising_whatever_was_in_it() -> None:
+    model = build_model(small_config(), 2)
+    images = torch.full((2, 3, 32, 64), 200, dtype=torch.uint8)
+    sizes = torch.tensor([[32, 64], [10, 20]])
+    normalized = model.normalize(images, sizes)
+    expected = (200 - torch.tensor([123.675, 116.28, 103.53])) / torch.tensor([58.395, 57.12, 57.375])
+    torch.testing.assert_close(normalized[0], expected[:, None, None].expand(3, 32, 64))
+    torch.testing.assert_close(normalized[1, :, :10, :20], expected[:, None, None].expand(3, 10, 20))
+    assert not normalized[1, :, 10:].any()
+    assert not normalized[1, :, :, 20:].any()
+    assert torch.equal(model.normalize(images.float(), sizes), normalized)
+    last = images.contiguous(memory_format=torch.channels_last)
+    assert model.normalize(last, sizes).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(model.normalize(last, sizes), normalized)
+
+
+def test_training_and_evaluation_give_the_same_outputs_where_nothing_normalises_by_batch() -> None:
+    torch.manual_seed(0)
+    model = build_model(small_config(norm="gn"), 2)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        training, evaluation = model.train().forward_normalized(images), model.eval().forward_normalized(images)
+    assert torch.equal(training.all_cls_logits(), evaluation.all_cls_logits())
+
+
+def test_every_anchor_starts_with_the_prior_score() -> None:
+    model = build_model(small_config(head={"depth": 2, "prior_prob": 0.03}), 5).eval()
+    with torch.no_grad():
+        scores = model.forward_normalized(torch.zeros(1, 3, 128, 128)).all_cls_logits().sigmoid()
+    torch.testing.assert_close(scores, torch.full_like(scores, 0.03), rtol=0.1, atol=0)
+
+
+def test_an_empty_batch_of_objects_reaches_every_parameter_with_finite_gradients() -> None:
+    model = build_model(small_config(), 2)
+    outputs = model.forward_normalized(torch.randn(2, 3, 64, 64))
+    targets = Targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0, 4))
+    losses = RetinaNetLoss()(outputs, targets)
+    torch.autograd.backward(losses["loss_cls"] + losses["loss_box"])
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name  # DDP waits for every one of them
+        assert parameter.grad.isfinite().all(), name
+    assert not any(p.grad.any() for p in model.box_subnet.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("channels", [None, 32])
+@pytest.mark.parametrize("depth", [0, 1, 4])
+@pytest.mark.parametrize("norm", ["none", "gn"])
+def test_heads_of_any_depth_and_width_are_built(depth: int, channels: int | None, norm: Any) -> None:
+    head = HeadConfig(depth=depth, channels=channels, norm=norm)
+    model = build_model(small_config(fpn_channels=32, head=head.model_dump()), 3)
+    assert len([m for m in model.cls_subnet.tower if isinstance(m, nn.Conv2d)]) == depth
+    assert all((m.bias is None) == (norm == "gn") for m in model.cls_subnet.tower if isinstance(m, nn.Conv2d))
+    assert model.cls_subnet.predictor.out_channels == 27
+    assert model.box_subnet.predictor.out_channels == 36
+
+
+def test_relu_before_p7_is_a_choice() -> None:
+    torch.manual_seed(0)
+    model = build_model(small_config(), 2).eval()
+    features = [torch.randn(1, c, s, s) for c, s in zip((128, 256, 512), (16, 8, 4), strict=True)]
+    with torch.no_grad():
+        with_relu = model.fpn(features)
+        model.fpn.relu_before_p7 = False
+        without = model.fpn(features)
+    assert all(torch.equal(a, b) for a, b in zip(with_relu[:4], without[:4], strict=True))
+    assert not torch.equal(with_relu[4], without[4])
+
+
+def test_torchvisions_boxes_are_worth_comparing(pair: Pair) -> None:
+    """Random weights must give boxes that differ from their anchors, and scores that differ from each other."""
+    images = padded_images([(128, 128)], (128, 128))
+    with torch.no_grad():
+        outputs = pair.ours.forward_normalized(images)
+        found = postprocess(outputs, torch.tensor([[128, 128]]))[0]
+    assert outputs.all_box_deltas().abs().mean() > 0.05
+    assert found.scores.std() > 0.01
+    assert box_iou(found.boxes, outputs.anchors).amax(dim=1).median() < 0.95

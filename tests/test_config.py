@@ -1,0 +1,427 @@
+"""Reading configs: what is merged, what is refused, and how mistakes are told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from detector.config import (
+    ALIASES,
+    CLASS_COUNT_KEYS,
+    AnchorConfig,
+    Config,
+    ConfigError,
+    EmaConfig,
+    SplitConfig,
+    _all_keys,
+    config_from_dict,
+    load_config,
+    resolve_data_paths,
+)
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes files into an empty folder and gives the path of the first."""
+
+    def write_files(main: str = "", **others: str) -> Path:
+        for name, text in {"main": main, **others}.items():
+            (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+        return tmp_path / "main.yaml"
+
+    return write_files
+
+
+def mistakes(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+# ---- reading and merging
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "train: null\n", "{}"])
+def test_an_empty_file_gives_the_defaults(text: str, write: Write) -> None:
+    assert load_config(write(text)) == Config()
+
+
+def test_all_configs_of_the_repository_are_valid(repo_root: Path) -> None:
+    for path in (repo_root / "configs").glob("*.yaml"):
+        load_config(path)
+
+
+def test_mappings_merge_over_bases_and_lists_replace(write: Write) -> None:
+    path = write(
+        "_base_: [a.yaml, b.yaml]\noptim: {lr: 0.5}\n",
+        a="_base_: deep.yaml\ntrain: {epochs: 2, seed: 1}\n",
+        b="train: {seed: 2}\ndata: {min_size: [300]}\n",
+        deep="train: {epochs: 1, batch_size: 3}\noptim: {lr: 0.1, momentum: 0.5}\ndata: {min_size: [100, 200]}\n",
+    )
+    config = load_config(path)
+    assert (config.train.epochs, config.train.seed, config.train.batch_size) == (2, 2, 3)
+    assert (config.optim.lr, config.optim.momentum) == (0.5, 0.5)
+    assert config.data.min_size == (300,)
+
+
+def test_bases_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "a.yaml").write_text("_base_: b.yaml\n")
+    (tmp_path / "bases" / "b.yaml").write_text("train: {epochs: 7}\n")
+    (tmp_path / "main.yaml").write_text("_base_: bases/a.yaml\n")
+    assert load_config(tmp_path / "main.yaml").train.epochs == 7
+
+
+def test_the_same_base_by_two_ways_is_no_cycle(write: Write) -> None:
+    path = write("_base_: [a.yaml, b.yaml]", a="_base_: c.yaml", b="_base_: c.yaml", c="train: {epochs: 3}")
+    assert load_config(path).train.epochs == 3
+
+
+def test_bases_that_lead_back_are_told(write: Write) -> None:
+    assert "leads back to itself" in mistakes(write("_base_: main.yaml"))
+    assert "leads back to itself" in mistakes(write("_base_: a.yaml", a="_base_: b.yaml", b="_base_: main.yaml"))
+
+
+@pytest.mark.parametrize("base", ["3", "[a.yaml, 3]", "{a: b}", "null"])
+def test_a_base_must_be_a_path_or_paths(base: str, write: Write) -> None:
+    assert "`_base_` must be a path or a list of paths" in mistakes(write(f"_base_: {base}", a=""))
+
+
+def test_a_missing_file_is_told_with_the_nearest_name(write: Write) -> None:
+    path = write("_base_: othr.yaml", other="")
+    assert re.search(
+        r"othr\.yaml does not exist \(named by .*main\.yaml\); did you mean .*other\.yaml\?", mistakes(path)
+    )
+    told = mistakes(path.with_name("mian.yaml"))
+    assert told.startswith(f"config file {path.with_name('mian.yaml')} does not exist; did you mean {path}?")
+    assert "cannot be read" in mistakes(path.parent)  # a folder
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("train: {epochs: 3", "main.yaml:1"),
+        ("train:\n  epochs: 3\n seed: 3\n", "main.yaml:3"),
+        ("a: 1\n\tb: 2", "main.yaml:2"),
+        ("train: {epochs: [1}\n", "main.yaml:1"),
+        ("? [a]\n: 1", "main.yaml:1"),
+        ("train: *unknown", "main.yaml:1"),
+        ("a: &x {b: *x}", "main.yaml"),
+        ("train: 1\n\x00", "main.yaml"),
+    ],
+)
+def test_broken_yaml_is_told_with_its_line(text: str, where: str, write: Write) -> None:
+    told = mistakes(write(text))
+    assert f"{where}: the YAML is broken" in told
+
+
+def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / "main.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    assert "cannot be read" in mistakes(tmp_path / "main.yaml")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "3", "words"])
+def test_a_config_must_be_a_mapping(text: str, write: Write) -> None:
+    assert "a config must be a mapping of sections" in mistakes(write(text))
+
+
+def test_tags_that_would_run_code_are_refused_and_nothing_runs(write: Write, tmp_path: Path) -> None:
+    told = mistakes(write(f'train: !!python/object/apply:os.mkdir ["{tmp_path}/ran"]'))
+    assert "could not determine a constructor" in told
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_key_that_stands_twice_is_told_with_both_lines(write: Write) -> None:
+    told = mistakes(write("train: {epochs: 2}\noptim:\n  lr: 0.1\n  lr: 0.2\n"))
+    assert re.search(r"main\.yaml:4: `optim\.lr` stands twice, first at .*main\.yaml:3", told)
+
+
+# ---- overrides
+
+
+def test_overrides_win_and_create_optional_sections(write: Write) -> None:
+    config = load_config(
+        write("train: {epochs: 2}"),
+        [
+            "train.epochs=5",
+            "train.ema.decay=0.9",
+            "data.train={images: i, annotations: a.json}",
+            "data.min_size=[100, 200]",
+            "optim.lr=1e-3",
+            "model.backbone=resnet18",
+        ],
+    )
+    assert config.train.epochs == 5
+    assert config.train.ema == EmaConfig(decay=0.9)
+    assert config.data.train == SplitConfig(images="i", annotations="a.json")
+    assert config.data.min_size == (100, 200)
+    assert config.optim.lr == 0.001
+    assert config.model.backbone == "resnet18"
+
+
+def test_null_removes_a_key_or_section_and_is_a_value_where_there_is_one(write: Write) -> None:
+    path = write("train: {epochs: 2, ema: {decay: 0.9}}\nloss: {gamma: 1.0}\n")
+    config = load_config(path, ["train.epochs=null", "train.ema=null", "loss.gamma=null", "loss.alpha=null"])
+    assert config.train.epochs == Config().train.epochs
+    assert config.train.ema is None
+    assert config.loss.gamma == 2.0
+    assert config.loss.alpha is None
+    assert load_config(path, ["loss=null"]).loss == Config().loss
+
+
+@pytest.mark.parametrize("override", ["", "train.epochs", "=3", "train..epochs=3", ".=1"])
+def test_an_override_must_be_key_and_value(override: str, write: Write) -> None:
+    assert "override must be key=value, for example train.epochs=3" in mistakes(write(), override)
+
+
+def test_mistakes_of_overrides_are_told_as_such(write: Write) -> None:
+    path = write("data: {train: {images: i, annotations: a}}\n")
+    assert "train.epochs: input should be a valid integer, got 'x'  [command line]" in mistakes(path, "train.epochs=x")
+    assert "[command line]" in mistakes(path, "data.train={images: 3}")  # the file's line for this key is stale
+    assert "override train.epochs:1: the YAML is broken" in mistakes(path, "train.epochs=[1")
+
+
+# ---- values
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 0.001), ("1E+2", 100.0), ("1.5e-2", 0.015), (".5", 0.5), ("2", 2.0)]
+)
+def test_numbers_may_be_written_with_an_exponent(text: str, value: float, write: Write) -> None:
+    assert load_config(write(f"optim: {{lr: {text}}}")).optim.lr == value
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "on", "off", "y", "n", "1:30", "010", "2017-1-1", "0o17"])
+def test_words_that_yaml_once_took_for_more_are_words(word: str, write: Write) -> None:
+    path = write(f"data: {{train: {{images: {word}, annotations: a.json}}}}")
+    train = load_config(path).data.train
+    assert train is not None
+    assert train.images == word
+    assert f"input should be a valid boolean, got '{word}'" in mistakes(path, f"train.channels_last={word}")
+    assert f"input should be a valid integer, got '{word}'" in mistakes(path, f"train.seed={word}")
+
+
+@pytest.mark.parametrize("text", [".nan", ".inf", "-.inf", "1e999"])
+def test_numbers_must_be_finite(text: str, write: Write) -> None:
+    assert "optim.lr: input should be a finite number" in mistakes(write(f"optim: {{lr: {text}}}"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("train.epochs", "true", "valid integer, got true"),
+        ("train.epochs", "1.5", "valid integer, got 1.5"),
+        ("train.epochs", "'3'", "valid integer, got '3'"),
+        ("train.epochs", "0", "greater than 0, got 0"),
+        ("train.channels_last", "1", "valid boolean, got 1"),
+        ("optim.lr", "false", "valid number, got false"),
+        ("optim.lr", "-1", "greater than 0, got -1"),
+        ("loss.alpha", "1.5", "less than or equal to 1, got 1.5"),
+        ("data.train.images", "2017", "valid string, got 2017"),
+        ("model.backbone", "resnet51", "'resnet18', .*, got 'resnet51'"),
+        ("data.min_size", "abc", "valid integer or a valid array, got 'abc'"),
+        ("train.compile", "on", "'auto' or a valid boolean, got 'on'"),
+        ("model.anchors.strides", "foo", "valid array or 'grid', got 'foo'"),
+        ("train.seed", "9223372036854775808", "less than 9223372036854775808, got 9223372036854775808"),
+        ("train", "3", "input should be an object, got 3"),
+    ],
+)
+def test_wrong_values_are_told_once_with_key_and_value(key: str, value: str, told: str, write: Write) -> None:
+    text = mistakes(write("data: {train: {images: i, annotations: a}}"), f"{key}={value}")
+    assert text.startswith("the config has 1 mistake:\n")
+    assert re.search(rf"^  {re.escape(key)}: .*{told}  \[command line\]$", text, re.MULTILINE)
+
+
+def test_items_of_lists_are_told_by_their_place(write: Write) -> None:
+    told = mistakes(write("model:\n  anchors:\n    sizes: [32, a, 128, b, 512]\n"))
+    assert told.startswith("the config has 2 mistakes:")
+    for place, value in ((1, "a"), (3, "b")):
+        assert re.search(rf"model\.anchors\.sizes\.{place}: .*, got '{value}'  \[.*main\.yaml:3\]", told)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["matching.bg_iou_thresh=0.6"], "bg_iou_thresh must not exceed fg_iou_thresh, got 0.6 > 0.5"),
+        (["train.micro_batch=32"], "train.micro_batch must not exceed train.batch_size, got 32 > 16"),
+        (["data.min_size=2000"], "must not exceed data.max_size"),
+        (["data.eval_min_size=2000"], "must not exceed data.max_size"),
+        (["optim.milestones=[0.9, 0.5]"], "milestones must ascend"),
+        (["eval.max_dets=[1, 1, 100]"], "max_dets must be three ascending numbers"),
+        (["model.backbone_weights=none"], "norm must not be frozen_bn with backbone_weights none"),
+        (["model={backbone_weights: none, norm: bn, trainable_layers: 3}"], "trainable_layers must be 5"),
+        (["model.anchors.sizes=[[1,2],[1,2],[1,2],[1,2],[1]]"], "same number of anchor sizes for each level"),
+        (["model.anchors.sizes=[[1,2],[1,2],[1,2],[1,2],[1,2]]"], r"octave_scales must be \[1.0\] where sizes lists"),
+        (["data.augment=[{A: {}, B: {}}]"], r"augment\[0\] must be one transform"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_told(overrides: list[str], told: str, write: Write) -> None:
+    text = mistakes(write(), *overrides)
+    assert re.search(told, text)
+    assert "[command line]" in text
+
+
+def test_all_mistakes_are_told_at_once_with_file_and_line(write: Write) -> None:
+    path = write(
+        "_base_: base.yaml\ntrain:\n  epochs: many\n  learning_rate: 1\n", base="\n\noptim:\n  lr: -1\nfoo: 1\n"
+    )
+    told = mistakes(path, "data.imgsz=3").splitlines()
+    assert told[0] == "the config has 5 mistakes:"
+    base, main = path.with_name("base.yaml"), path
+    assert sorted(told[1:]) == sorted(
+        [
+            f"  train.epochs: input should be a valid integer, got 'many'  [{main}:3]",
+            f"  train.learning_rate: unknown key; did you mean optim.lr?  [{main}:4]",
+            f"  optim.lr: input should be greater than 0, got -1  [{base}:4]",
+            "  foo: unknown key; valid keys here: data, eval, loss, matching, model, optim, postprocess, train"
+            f"  [{base}:5]",
+            "  data.imgsz: unknown key; did you mean data.min_size?  [command line]",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        ("train.learning_rate", "did you mean optim.lr?"),
+        ("imgsz", "did you mean data.min_size?"),
+        ("train.lr", "did you mean optim.lr?"),
+        ("optim.momentun", "did you mean optim.momentum?"),
+        ("batch_size", "did you mean train.batch_size or eval.batch_size?"),
+        ("model.num_classes", "the classes are read from data.train's annotations and are never set; remove it"),
+        ("modle", "did you mean model?"),
+        ("model.head.int", "valid keys here: channels, depth, norm, prior_prob|did you mean"),
+        ("data.train.imgs", "did you mean data.train.images?"),
+    ],
+)
+def test_unknown_keys_are_told_with_the_nearest_valid_one(key: str, suggestion: str, write: Write) -> None:
+    told = mistakes(write(), f"{key}=3")
+    assert f"  {key}: unknown key; " in told
+    assert any(text in told for text in suggestion.split("|"))
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_every_alias_leads_to_an_existing_key(alias: str, write: Write) -> None:
+    assert ALIASES[alias] in _all_keys()
+    assert f"did you mean {ALIASES[alias]}" in mistakes(write(f"{alias}: 3"))
+
+
+@pytest.mark.parametrize("key", sorted(CLASS_COUNT_KEYS))
+@pytest.mark.parametrize("section", ["", "model.", "data.", "model.head."])
+def test_the_number_of_classes_is_never_set(key: str, section: str, write: Write) -> None:
+    assert "the classes are read from data.train's annotations" in mistakes(write(), f"{section}{key}=3")
+
+
+def test_a_null_does_not_hide_an_unknown_key(write: Write) -> None:
+    assert "foo: unknown key" in mistakes(write("foo: null"))
+
+
+# ---- the object
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().train.epochs = 3  # type: ignore[misc]
+
+
+def test_derived_values_fill_in_the_defaults() -> None:
+    base = Config()
+    assert base.model.num_trainable_layers == 3
+    assert config_from_dict({"model": {"backbone_weights": "none", "norm": "bn"}}, "x").model.num_trainable_layers == 5
+    assert config_from_dict({"model": {"trainable_layers": 0}}, "x").model.num_trainable_layers == 0
+    assert (base.data.train_sizes, base.data.eval_size) == ((800,), 800)
+    several = config_from_dict({"data": {"min_size": [640, 800, 720]}}, "x").data
+    assert (several.train_sizes, several.eval_size) == ((640, 800, 720), 800)
+
+
+def test_torchvisions_detectron2s_and_mmdetections_anchors_can_be_said() -> None:
+    """Their numbers: tests/test_anchors.py."""
+    lists = {"sizes": [[x, x * 1.26, x * 1.59] for x in (32, 64, 128, 256, 512)], "octave_scales": [1.0]}
+    config = config_from_dict({"model": {"anchors": {**lists, "strides": "grid", "rounding": "integer"}}}, "x")
+    assert isinstance(config.model.anchors, AnchorConfig)
+    assert config.model.anchors.sizes[0] == (32.0, 32 * 1.26, 32 * 1.59)
+
+
+def test_stored_settings_are_checked_and_their_source_named() -> None:
+    with pytest.raises(ConfigError, match=r"train\.epochs: .*got 0  \[run/last\.pt\]"):
+        config_from_dict({"train": {"epochs": 0}}, "run/last.pt")
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=130)
+WORDS = st.sampled_from(
+    ["1e5", "1e-3", "no", "on", "y", "1:30", "010", "0x1f", "null", "~", "2017-01-01", ".5", "<<", "="]
+)
+
+
+@given(
+    images=WORDS | TEXT,
+    annotations=WORDS | TEXT,
+    lr=st.floats(1e-12, 1e12),
+    betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    alpha=st.none() | st.floats(0, 1),
+    sizes=st.integers(1, 1333) | st.lists(st.integers(1, 1333), min_size=1, max_size=4).map(tuple),
+    seed=st.integers(0, 2**63 - 1),
+    augment=st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | TEXT, max_size=2),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_config_survives_its_own_yaml(
+    tmp_path_factory: pytest.TempPathFactory,
+    images: str,
+    annotations: str,
+    lr: float,
+    betas: tuple[float, float],
+    alpha: float | None,
+    sizes: Any,
+    seed: int,
+    augment: dict[str, Any],
+) -> None:
+    config = Config.model_validate(
+        {
+            "data": {
+                "train": {"images": images, "annotations": annotations},
+                "min_size": sizes,
+                "augment": ({"Blur": augment},),
+            },
+            "optim": {"lr": lr, "betas": betas},
+            "loss": {"alpha": alpha},
+            "train": {"seed": seed, "ema": {"decay": 0.5}},
+        }
+    )
+    path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(path) == config
+    assert yaml.safe_load(config.to_yaml())  # other tools read it, too
+
+
+def test_relative_paths_become_absolute_and_the_rest_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = config_from_dict(
+        {
+            "data": {
+                "train": {"images": "i", "annotations": "/abs/a.json"},
+                "val": {"images": "../v", "annotations": "v.json"},
+            },
+            "model": {"backbone_weights": "w.pth"},
+            "train": {"init_from": "last.pt"},
+        },
+        "x",
+    )
+    resolved = resolve_data_paths(config)
+    assert resolved.data.train == SplitConfig(images=f"{tmp_path}/i", annotations="/abs/a.json")
+    assert resolved.data.val is not None
+    assert resolved.data.val.annotations == f"{tmp_path}/v.json"
+    assert resolved.data.test is None
+    assert resolved.model.backbone_weights == f"{tmp_path}/w.pth"
+    assert resolved.train.init_from == f"{tmp_path}/last.pt"
+    assert resolve_data_paths(resolved) == resolved
+    assert resolve_data_paths(Config()) == Config()  # imagenet is no path

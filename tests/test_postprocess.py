@@ -1,0 +1,140 @@
+"""Post-processing against torchvision's, and its limits."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
+
+from detector.anchors import pyramid_grids
+from detector.boxes import pairwise_iou
+from detector.config import ModelConfig
+from detector.models import build_anchors
+from detector.postprocess import _best_candidates, postprocess
+from detector.structures import Detections, HeadOutputs
+
+SETTINGS: dict[str, Any] = {
+    "score_thresh": 0.05,
+    "topk_candidates": 1000,
+    "nms_thresh": 0.5,
+    "detections_per_img": 300,
+}
+
+
+def random_outputs(size: tuple[int, int], batch: int = 2, classes: int = 5, bias: float = -3.0) -> HeadOutputs:
+    random = torch.Generator().manual_seed(0)
+    grids = pyramid_grids(size)
+    anchors = build_anchors(ModelConfig())(size, grids, torch.device("cpu"))
+    counts = [h * w * 9 for h, w in grids]
+    logits = tuple(torch.randn(batch, n, classes, generator=random) * 1.5 + bias for n in counts)
+    deltas = tuple(torch.randn(batch, n, 4, generator=random) * 0.5 for n in counts)
+    return HeadOutputs(logits, deltas, anchors)
+
+
+def no_detections(batch: int = 1) -> HeadOutputs:
+    return random_outputs((128, 128), batch, bias=-100.0)
+
+
+def single(boxes: list[list[float]], logits: list[list[float]]) -> HeadOutputs:
+    """One level whose anchors are the boxes themselves."""
+    return HeadOutputs((torch.tensor([logits]),), (torch.zeros(1, len(boxes), 4),), torch.tensor(boxes))
+
+
+def test_nothing_above_the_threshold_gives_empty_detections() -> None:
+    found = postprocess(no_detections(2), torch.tensor([[128, 128]] * 2))
+    assert [len(d) for d in found] == [0, 0]
+    assert found[0].boxes.shape == (0, 4)
+    assert found[0].labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("changed", [{}, {"topk_candidates": 20}, {"score_thresh": 0.3}, {"detections_per_img": 7}])
+def test_detections_equal_torchvisions(changed: dict[str, Any]) -> None:
+    options = {**SETTINGS, **changed}
+    outputs, sizes = random_outputs((256, 192)), [(250, 190), (200, 131)]
+    model = SimpleNamespace(box_coder=BoxCoder((1.0, 1.0, 1.0, 1.0)), **options)
+    levels = list(torch.split(outputs.anchors, [d.shape[1] for d in outputs.box_deltas]))
+    heads = {"cls_logits": list(outputs.cls_logits), "bbox_regression": list(outputs.box_deltas)}
+    expected = TorchvisionRetinaNet.postprocess_detections(model, heads, [levels] * 2, sizes)
+    found = postprocess(outputs, torch.tensor(sizes), **options)
+    assert min(len(d) for d in found) >= min(options["detections_per_img"], 70)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.boxes, theirs["boxes"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours.scores, theirs["scores"], rtol=0, atol=1e-6)
+        assert torch.equal(ours.labels, theirs["labels"])
+
+
+@given(
+    st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=50), st.floats(0, 1), st.booleans(), st.integers(1, 60)
+)
+@settings(max_examples=200, deadline=None)
+def test_candidates_are_the_best_scores_above_the_threshold(
+    logits: list[float], threshold: float, near: bool, topk: int
+) -> None:
+    everyone = torch.sigmoid(torch.tensor(logits))
+    if near:  # between an entry's score and its neighbours
+        threshold = everyone[0].item() * (1 + (threshold - 0.5) * 1e-6)
+    scores, entries = _best_candidates(torch.tensor(logits).view(-1, 1), threshold, topk)
+    expected = everyone[everyone > threshold].sort(descending=True).values[:topk]
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0)
+    torch.testing.assert_close(everyone[entries], scores, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("threshold", "count"), [(0.0, 3), (0.5, 1), (1.0, 0)])
+def test_threshold_is_exclusive_and_may_be_zero_or_one(threshold: float, count: int) -> None:
+    boxes = [[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0], [40.0, 40.0, 50.0, 50.0]]
+    outputs = single(boxes, [[3.0], [0.0], [-3.0]])  # sigmoid(0) is exactly 0.5
+    assert len(postprocess(outputs, torch.tensor([[60, 60]]), score_thresh=threshold)[0]) == count
+
+
+def test_overlapping_boxes_are_thinned_within_a_class_and_not_across_classes() -> None:
+    boxes = [[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 9.0], [0.0, 0.0, 10.0, 9.5]]
+    outputs = single(boxes, [[2.0, -9.0], [1.0, -9.0], [-9.0, 0.0]])
+    found = postprocess(outputs, torch.tensor([[60, 60]]))[0]
+    assert found.labels.tolist() == [0, 1]
+    torch.testing.assert_close(found.boxes, torch.tensor([boxes[0], boxes[2]]))
+
+
+def test_detections_come_best_first_and_none_overlaps_a_better_one_of_its_class() -> None:
+    found = postprocess(random_outputs((256, 256), 1), torch.tensor([[256, 256]]), **SETTINGS)[0]
+    assert torch.equal(found.scores, found.scores.sort(descending=True).values)
+    same = found.labels[:, None] == found.labels[None]
+    assert (pairwise_iou(found.boxes, found.boxes) * same).fill_diagonal_(0).max() <= 0.5
+
+
+def test_boxes_are_clipped_to_each_image_and_scaled_to_its_original_size() -> None:
+    outputs = random_outputs((256, 256))
+    sizes = torch.tensor([[256, 200], [128, 256]])
+    originals = torch.tensor([[512, 400], [64, 64]])
+    plain = postprocess(outputs, sizes, **SETTINGS)
+    scaled = postprocess(outputs, sizes, original_sizes=originals, **SETTINGS)
+    for one, other, (height, width), factors in zip(
+        plain, scaled, sizes.tolist(), ([2.0, 2.0, 2.0, 2.0], [0.25, 0.5, 0.25, 0.5]), strict=True
+    ):
+        assert (one.boxes >= 0).all()
+        assert (one.boxes[:, 2] <= width).all()
+        assert (one.boxes[:, 3] <= height).all()
+        torch.testing.assert_close(other.boxes, one.boxes * torch.tensor(factors))
+        assert torch.equal(other.scores, one.scores)
+
+
+def test_half_precision_outputs_give_fp32_detections() -> None:
+    outputs = random_outputs((128, 128), 1)
+    half = HeadOutputs(
+        tuple(t.bfloat16() for t in outputs.cls_logits),
+        tuple(t.bfloat16() for t in outputs.box_deltas),
+        outputs.anchors,
+    )
+    found = postprocess(half, torch.tensor([[128, 128]]))[0]
+    assert found.boxes.dtype == found.scores.dtype == torch.float32
+    assert len(found) == 100
+
+
+def test_detections_refuse_parts_of_different_lengths() -> None:
+    with pytest.raises(ValueError, match=r"must have boxes \(N, 4\), scores \(N,\) and labels \(N,\), got"):
+        Detections(torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, dtype=torch.int64))
