@@ -355,6 +355,14 @@ def resolve_data_paths(config: Config) -> Config:
     return config.model_copy(update={"data": data, "model": model, "train": train})
 
 
+def flatten(values: dict[str, Any], at: str = "") -> dict[str, Any]:
+    """Nested settings by their full key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{at}{key}.") if isinstance(value, dict) else {at + key: value})
+    return flat
+
+
 # ---- reading YAML -----------------------------------------------------------------------------------------------
 
 KeyPath = tuple[str, ...]

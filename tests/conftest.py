@@ -6,6 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# One thread each, here and in the programs that tests start: small tensors gain nothing from more, and when anything
+# else runs on the same cores, threads that wait for each other make a test five times slower.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from detector.config import load_config
+from detector.datasets.loader import _end_workers as end_workers
 from detector.engine.train import train
 from tests.tiny import REPO, TinyData, images_of, write_coco, write_config, write_tiny_data
 from tools import eval as eval_tool
@@ -206,6 +207,20 @@ def test_help_tells_the_arguments(tool: Any, capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     assert "--output-dir" in text
     assert "usage:" in text
+
+
+def test_an_unreadable_image_found_by_a_worker_is_told_without_its_traceback(
+    setup: Setup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_tiny_data(tmp_path)
+    next(images_of(data.val).glob("*.png")).write_bytes(b"")
+    config = write_config(tmp_path / "c.yaml", data, data__num_workers=1)
+    argv = ["--config", str(config), "--checkpoint", str(setup.checkpoint), "--output-dir", str(tmp_path / "out")]
+    assert eval_tool.main(argv) == 2
+    error = capsys.readouterr().err
+    end_workers()
+    assert "Traceback" not in error
+    assert ".png: the file is empty" in error
 
 
 def test_ctrl_c_before_training_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,9 @@ def _start_worker(_: int) -> None:
 def _end_workers() -> None:
     """At exit multiprocessing sends SIGTERM to workers that an error left behind, and waits for them for ever, because
     they ignore it; atexit runs this before."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    left = [process for process in multiprocessing.active_children() if process.daemon]
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end a failure
+    for process in left:
+        process.kill()
+        process.join()

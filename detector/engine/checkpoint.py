@@ -14,10 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detector.config import Config, config_from_dict
+from detector.config import Config, config_from_dict, flatten
+from detector.engine.errors import RunError
 from detector.structures import Categories
 
 FORMAT = 1
+
+
+MAY_CHANGE_ON_RESUME = (
+    "data.num_workers", "data.verify", "train.log_every", "train.checkpoint_every_steps", "train.images_every_epochs",
+    "train.init_from", "eval.engine", "eval.batch_size",
+)  # fmt: skip
+"""Settings that do not change what is computed."""
 
 
 class CheckpointError(ValueError):
@@ -108,3 +116,51 @@ def load_checkpoint(path: Path) -> TrainState:
         return TrainState(config=config, categories=categories, **rest)
     except (KeyError, TypeError, ValueError) as error:  # ConfigError and JSONDecodeError are ValueErrors
         raise CheckpointError(f"checkpoint {path} is of another version of this program: {error}") from None
+
+
+def state_to_resume(config: Config, output_dir: Path, resume: str | None) -> TrainState | None:
+    """The state to go on from; None for a fresh start.
+
+    Args:
+        config: of the run that is about to go on.
+        output_dir: of the run.
+        resume: None, "auto" (`checkpoints/last.pt` if it exists) or a checkpoint.
+
+    Raises:
+        RunError: the folder holds a run that nobody asked to resume; or the settings differ, naming both values.
+        CheckpointError: unreadable, or without an optimizer's state.
+    """
+    last = output_dir / "checkpoints" / "last.pt"
+    if resume is None:
+        if (output_dir / "config.yaml").exists() or last.exists():
+            raise RunError(
+                f"{output_dir} already holds a run; go on with it by --resume auto, or choose another --output-dir"
+            )
+        return None
+    path = last if resume == "auto" else Path(resume)
+    if resume == "auto" and not path.exists():
+        return None
+    state = load_checkpoint(path)
+    if state.optimizer is None:
+        raise CheckpointError(f"{path} holds weights only and cannot be resumed; use --init-from {path}")
+    then, now = flatten(state.config.model_dump()), flatten(config.model_dump())
+    keys = {**now, **then}  # of both: a section that is null on one side has its keys on the other only
+    different = [k for k in keys if then.get(k) != now.get(k) and not k.startswith(MAY_CHANGE_ON_RESUME)]
+    if different:
+        raise RunError(
+            "\n".join(
+                [
+                    f"--resume goes on with the run in {path}, whose settings must stay as they are, got:",
+                    *(f"  {k}: {then.get(k)!r} in the checkpoint, {now.get(k)!r} in the config" for k in different),
+                    f"For a new run that starts from these weights, use --init-from {path} and another --output-dir.",
+                ]
+            )
+        )
+    return state
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write a file that is whole or not there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)

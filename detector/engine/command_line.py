@@ -11,8 +11,8 @@ from detector.config import ConfigError
 from detector.datasets.coco import DatasetError
 from detector.datasets.images import ImageError
 from detector.engine.checkpoint import CheckpointError
+from detector.engine.errors import Interrupted, RunError
 from detector.engine.predict import InputError
-from detector.engine.train import Interrupted, RunError
 from detector.models.weights import WeightsError
 
 USER_ERRORS = (ConfigError, DatasetError, ImageError, ResultsError, CheckpointError, WeightsError, RunError, InputError)
@@ -26,7 +26,7 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
         try:
             return main(argv)
         except USER_ERRORS as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_without_traceback(str(error))}", file=sys.stderr)
             return 2
         except Interrupted as stopped:
             print(f"{stopped}; a checkpoint is written, go on with --resume auto", file=sys.stderr)
@@ -35,3 +35,10 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
             return 130
 
     return run
+
+
+def _without_traceback(text: str) -> str:
+    """An error that a loader's worker raised comes with the worker's traceback; its last line is the message."""
+    if not text.startswith("Caught ") or "in DataLoader worker process" not in text.splitlines()[0]:
+        return text
+    return text.rstrip().splitlines()[-1].partition(": ")[2]

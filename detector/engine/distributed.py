@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from detector.config import ConfigError
 
 T = TypeVar("T")
 
@@ -24,9 +26,21 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device a setting means on this machine.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device must be cpu or auto on this machine, got cuda: torch sees no CUDA device")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
-def process_group(device: torch.device) -> Iterator[torch.device]:
+def process_group(wanted: Literal["auto", "cpu", "cuda"]) -> Iterator[torch.device]:
     """Join the other processes if torchrun started several; gives the device of this one."""
+    device = pick_device(wanted)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return

@@ -9,13 +9,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from detector.coco_eval import Metrics, evaluate, ground_truth_warnings, load_results, write_results
-from detector.config import Config, ConfigError, SplitConfig
+from detector.config import Config, ConfigError, SplitConfig, flatten
 from detector.datasets.coco import CocoDataset, read_coco
 from detector.engine import distributed
-from detector.engine.checkpoint import load_checkpoint
+from detector.engine.checkpoint import load_checkpoint, write_json
 from detector.engine.evaluate import evaluate_model
 from detector.engine.predict import model_of
-from detector.engine.train import flatten, process_group, write_json
 
 Split = Literal["val", "test"]
 
@@ -47,7 +46,7 @@ def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_d
                 ]
             )
         )
-    with process_group(config) as device:
+    with distributed.process_group(config.train.device) as device:
         named = _split_of(config, split)
         main = distributed.rank() == 0
         dataset = read_coco(

@@ -18,6 +18,7 @@ from detector.datasets.augment import Augmentation
 from detector.datasets.coco import CocoDataset, read_coco
 from detector.datasets.images import ImageError
 from detector.datasets.loader import EMPTY, DetectionDataset, Sample, build_loader, collate
+from detector.datasets.loader import _end_workers as end_workers
 from detector.datasets.sampling import SampleKey, StepPlanner, TrainSampler
 from detector.structures import Batch, Targets
 from tests.tiny import REPO, images_of, write_coco
@@ -211,6 +212,7 @@ def test_an_error_in_a_worker_keeps_its_kind_and_names_the_file(tmp_path: Path) 
     loader = build_loader(DetectionDataset(coco, max_size=96), [[key(0)], [key(1)]], num_workers=1)
     with pytest.raises(ImageError, match=r"0020\.png"):
         list(loader)
+    end_workers()  # else the error, which keeps the loader alive, makes a later garbage collection wait for it
 
 
 FAILS_WITH_A_LIVING_LOADER = """

@@ -104,7 +104,7 @@ def assert_same_weights(one: Path, other: Path, config: Path, *, rtol: float = 1
     assert np.median(way) > 3 * rtol, f"hardly anything moved ({np.median(way):.2g}), so nothing was compared"
 
 
-@pytest.mark.parametrize("norm", ["frozen_bn", "gn"])
+@pytest.mark.parametrize("norm", [pytest.param("frozen_bn", marks=pytest.mark.slow), "gn"])
 def test_two_processes_give_the_same_weights_as_one_after_20_steps(
     norm: str, many: TinyData, backbone: Path, tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 CLEAN = ["bccd", "coco_permissive", "deeppcb", "symbols54", "shapes"]
 MESSY = ["messy_mix", "messy_coad"]
 MAX_DETS = (1, 10, 10_000)
-TWELVE = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
+SIX = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
 
 
 def open_set(name: str, split: str, shared: Path, repo_root: Path) -> CocoDataset:
@@ -103,13 +103,15 @@ def assert_round_trip(coco: CocoDataset, indices: list[int]) -> None:
     back = there_and_back(coco, indices)
     content = published(coco, indices)
     reached, expected = by_pycocotools(content, back), by_pycocotools(content, None)
-    np.testing.assert_allclose(reached, expected, atol=1e-9, err_msg=f"{TWELVE} of {coco.annotations}")
+    np.testing.assert_allclose(reached[:3], expected[:3], atol=1e-9, err_msg=f"{SIX[:3]} of {coco.annotations}")
+    # Among equal scores the order decides which box is matched, and so which objects count in a range of areas.
+    np.testing.assert_allclose(reached[3:], expected[3:], atol=1e-4, err_msg=f"{SIX[3:]} of {coco.annotations}")
     assert len(back) == sum(not a["iscrowd"] for a in content["annotations"])
     if not any(name in str(coco.annotations) for name in MESSY):
         assert expected[0] == pytest.approx(1.0, abs=1e-12)
     if len(indices) == len(coco):
         ours = evaluate(coco.ground_truth(), back, max_dets=MAX_DETS).values
-        np.testing.assert_allclose([ours[name] for name in TWELVE], reached, atol=1e-9)
+        np.testing.assert_allclose([ours[name] for name in SIX], reached, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", [*CLEAN, *MESSY])

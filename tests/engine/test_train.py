@@ -11,10 +11,12 @@ import torch
 
 from detector.coco_eval import Metrics
 from detector.config import ConfigError, load_config, resolve_data_paths
+from detector.engine import run as run_module
 from detector.engine import train as train_module
 from detector.engine.checkpoint import load_checkpoint
+from detector.engine.errors import DivergedError
 from detector.engine.evaluate import evaluate_model
-from detector.engine.train import DivergedError, train
+from detector.engine.train import train
 from detector.losses import RetinaNetLoss
 from tests.engine.conftest import EVERYTHING_ON, Run
 from tests.tiny import (
@@ -179,7 +181,7 @@ def fake_evaluations(monkeypatch: pytest.MonkeyPatch, aps: list[float]) -> None:
         metrics, results = evaluate_model(*arguments, **named)
         return Metrics({**metrics.values, "AP": next(given)}, metrics.per_class), results
 
-    monkeypatch.setattr(train_module, "evaluate_model", fake)
+    monkeypatch.setattr(run_module, "evaluate_model", fake)
 
 
 def test_the_best_weights_are_kept_and_tested_and_the_last_ones_stay_the_last(
@@ -283,14 +285,14 @@ def test_pictures_that_vanish_while_a_run_goes_on_do_not_end_it_if_it_may_skip(
     data = write_tiny_data(tmp_path)
     settings: dict[str, Any] = {"data__on_error": "skip", "train__images_every_epochs": 1}
     config = tiny_config(tmp_path, data, **SHORT, **settings)
-    announce = train_module._Run.announce
+    announce = run_module.Run.announce
 
     def announce_and_remove(*arguments: Any) -> None:
         announce(*arguments)
         for file in data:
             next(images_of(file).glob("0010.png")).unlink()
 
-    monkeypatch.setattr(train_module._Run, "announce", announce_and_remove)
+    monkeypatch.setattr(run_module.Run, "announce", announce_and_remove)
     monkeypatch.setattr(train_module, "prove_pipeline", lambda *_, **__: "")
     assert train(config, tmp_path / "run")["AP"] >= 0
 

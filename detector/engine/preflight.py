@@ -1,0 +1,88 @@
+"""Before the first step: open the data, and say what is about to happen and what looks wrong about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from detector.anchors import AnchorGenerator, best_anchor_iou
+from detector.boxes import area
+from detector.coco_eval import ground_truth_warnings
+from detector.config import Config, ConfigError, SplitConfig
+from detector.datasets.coco import CocoDataset, read_coco
+from detector.datasets.transforms import padded_size, resized_size
+from detector.structures import Categories
+
+
+def open_split(
+    config: Config, split: SplitConfig, *, categories: Categories | None, problems_file: Path | None
+) -> CocoDataset:
+    """Read and check one set of pictures; `problems_file` None is for the processes that keep quiet."""
+    return read_coco(
+        Path(split.annotations),
+        Path(split.images),
+        verify=config.data.verify,
+        on_error=config.data.on_error,
+        exif=config.data.exif,
+        categories=categories,
+        progress=problems_file is not None,
+        problems_file=problems_file,
+    )
+
+
+def open_datasets(
+    config: Config, output_dir: Path, *, quiet: bool
+) -> tuple[CocoDataset, CocoDataset | None, CocoDataset | None]:
+    """Read and check the train, val and test sets; the latter two with the classes of the first."""
+
+    def opened(name: str, split: SplitConfig | None, categories: Categories | None) -> CocoDataset | None:
+        if split is None:
+            return None
+        problems_file = None if quiet else output_dir / f"problems_{name}.tsv"
+        return open_split(config, split, categories=categories, problems_file=problems_file)
+
+    train_set = opened("train", config.data.train, None)
+    if train_set is None:
+        raise ConfigError(
+            "data.train must name images and annotations; set data.train.images and data.train.annotations"
+        )
+    classes = train_set.categories
+    return train_set, opened("val", config.data.val, classes), opened("test", config.data.test, classes)
+
+
+def data_warnings(
+    anchors: AnchorGenerator, train_set: CocoDataset, others: list[CocoDataset], config: Config
+) -> list[str]:
+    """What the data make one expect: objects out of the anchors' reach, scenes fuller than the metric looks at."""
+    warnings = coverage_warnings(anchors, train_set, config)
+    for dataset in others:
+        for line in ground_truth_warnings(dataset.ground_truth(), config.eval.max_dets):
+            warnings.append(f"{dataset.annotations.name}: {line}")
+    return warnings
+
+
+def coverage_warnings(anchors: AnchorGenerator, coco: CocoDataset, config: Config) -> list[str]:
+    """Objects that no anchor overlaps enough to learn from (as the boxes are before augmentation)."""
+    size = config.data.eval_size
+    boxes, images, _ = coco.boxes()
+    heights_widths = coco.sizes.astype(np.int64)
+    best = torch.zeros(len(boxes))
+    resized = np.array([resized_size((h, w), min_size=size, max_size=config.data.max_size) for h, w in heights_widths])
+    factors = (resized / heights_widths)[images][:, [1, 0, 1, 0]]
+    scaled = torch.from_numpy((boxes * factors).astype(np.float32))
+    canvases = [padded_size((int(h), int(w)), config.model.pad) for h, w in resized]
+    for canvas in set(canvases):
+        rows = torch.from_numpy(np.array([c == canvas for c in canvases])[images])
+        best[rows] = best_anchor_iou(anchors, scaled[rows], canvas)
+    lost = best < config.matching.fg_iou_thresh
+    if not bool(lost.any()) or config.matching.low_quality_matches:
+        return []
+    sides = area(scaled[lost]).sqrt()
+    return [
+        f"{int(lost.sum())} of {len(boxes)} objects ({float(lost.float().mean()):.1%}) overlap no anchor by "
+        f"{config.matching.fg_iou_thresh} at data.min_size {size} and will not be learnt; their sides are "
+        f"{sides.min():.0f} to {sides.max():.0f} pixels there (median {sides.median():.0f}); larger data.min_size, other "
+        "model.anchors.sizes or ratios, or matching.low_quality_matches=true would reach them"
+    ]

@@ -1,0 +1,273 @@
+"""What a run consists of while it runs, and what is saved of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from numpy.typing import NDArray
+from PIL import Image
+from rich.table import Table
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detector.coco_eval import CocoResults
+from detector.config import Config, ConfigError
+from detector.datasets.coco import CocoDataset
+from detector.datasets.images import ImageError, decode_image
+from detector.datasets.sampling import StepPlanner
+from detector.engine import distributed
+from detector.engine.checkpoint import TrainState, load_checkpoint, save_checkpoint, write_json
+from detector.engine.errors import DivergedError
+from detector.engine.evaluate import evaluate_model
+from detector.engine.interval import Interval
+from detector.engine.logger import RunLog, duration
+from detector.engine.optim import Ema, build_optimizer, resolve_precision, scaled_lr, warmup_of
+from detector.engine.predict import model_of
+from detector.losses import RetinaNetLoss, build_loss
+from detector.models import RetinaNet, build_anchors, build_model
+from detector.models.weights import load_backbone_weights, transfer
+from detector.reports.draw import side_by_side
+from detector.structures import Detections
+
+
+class Run:
+    """What a run consists of while it runs: network, loss, optimizer, averages, log, and what is saved of them."""
+
+    def __init__(
+        self,
+        config: Config,
+        output_dir: Path,
+        device: torch.device,
+        resumed: TrainState | None,
+        train_set: CocoDataset,
+        log: RunLog,
+    ) -> None:
+        self.config, self.output_dir, self.device, self.log = config, output_dir, device, log
+        self.precision = resolve_precision(config.train.precision, device)
+        if config.model.norm == "sync_bn" and device.type == "cpu":
+            raise ConfigError("model.norm must not be sync_bn on a CPU (torch has no such kernel); use bn or gn")
+        torch.manual_seed(config.train.seed)
+        self.model = build_model(config.model, len(train_set.categories))
+        if resumed is None:
+            self._initialise(train_set)
+        self.model.to(device)
+        if config.train.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.model.train()
+        self.loss: RetinaNetLoss = build_loss(config)
+        self.base_lr, self.lr_text = scaled_lr(config.optim, config.train.batch_size)
+        self.optimizer = build_optimizer(self.model, config.optim, lr=self.base_lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.ema = Ema(self.model, config.train.ema.decay) if config.train.ema is not None else None
+        self.state = resumed or TrainState(config, train_set.categories, {}, step=0)
+        if resumed is not None:
+            self._restore(resumed)
+        # Of several processes only the first one's rows are saved, and each has the losses of its own images.
+        self.interval = Interval(device, self.state.unlogged if distributed.world_size() == 1 else None)
+        self.state.config, self.state.versions = config, versions_of_everything(device)
+        compiled = config.train.compile is True or (config.train.compile == "auto" and device.type == "cuda")
+        if compiled:
+            self.model.compile(dynamic=False)
+        self.network: nn.Module = self.model
+        if distributed.world_size() > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.network = DistributedDataParallel(
+                self.model, device_ids=ids, broadcast_buffers=config.model.norm == "bn"
+            )
+
+    def _initialise(self, train_set: CocoDataset) -> None:
+        config = self.config
+        if config.train.init_from is None:
+            report = load_backbone_weights(self.model.backbone, config.model.backbone, config.model.backbone_weights)
+            self.log.info(str(report) if report is not None else "backbone: from scratch")
+            return
+        source = load_checkpoint(Path(config.train.init_from))
+        rows = transfer(
+            self.model,
+            source.weights,
+            classes=train_set.categories,
+            source_classes=source.categories,
+            source_anchors=build_anchors(source.config.model),
+        )
+        table = Table("part", "taken over", "of", "note", title=f"weights from {config.train.init_from}")
+        for row in rows:
+            table.add_row(row.part, str(row.copied), str(row.total), row.note)
+        self.log.info(table)
+
+    def _restore(self, saved: TrainState) -> None:
+        self.model.load_state_dict(saved.model)
+        if self.ema is not None and saved.ema is not None:
+            self.ema.model.load_state_dict(saved.ema)
+        if saved.optimizer is not None:
+            self.optimizer.load_state_dict(saved.optimizer)
+        if saved.scaler:
+            self.scaler.load_state_dict(saved.scaler)
+        for key, then in saved.versions.items():
+            now = versions_of_everything(self.device).get(key)
+            if now != then:
+                self.log.warn(f"{key} was {then}, is {now}: the run goes on, but not bit for bit as it would have")
+
+    def announce(self, planner: StepPlanner, total_steps: int) -> None:
+        """What is about to be trained, and how."""
+        config, log = self.config, self.log
+        parameters = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        processes = distributed.world_size()
+        log.info(
+            f"{config.model.backbone}, {parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained; "
+            f"{processes} process{'es' * (processes > 1)} on {self.device}, {self.precision}"
+        )
+        log.info(self.lr_text)
+        if config.optim.warmup_steps > total_steps:
+            log.warn(f"optim.warmup_steps {config.optim.warmup_steps} is longer than the run: {total_steps} steps")
+        log.info(
+            f"{config.train.epochs} epochs of {planner.steps_per_epoch} steps, {config.train.batch_size} images a step, "
+            f"{warmup_of(config.optim, total_steps)} steps of warm-up"
+        )
+        if self.state.step:
+            log.info(f"resumed after step {self.state.step} of {total_steps}")
+
+    @contextlib.contextmanager
+    def no_sync(self, *, unless: bool) -> Iterator[None]:
+        """Leave out DDP's exchange of gradients, but for the last micro-batch."""
+        if isinstance(self.network, DistributedDataParallel) and not unless:
+            with self.network.no_sync():
+                yield
+        else:
+            yield
+
+    @property
+    def evaluated_model(self) -> RetinaNet:
+        """The averaged weights, where there are any."""
+        if self.ema is None:
+            return self.model
+        averaged: Any = self.ema.model
+        model: RetinaNet = averaged
+        return model
+
+    def evaluate(self, val_set: CocoDataset, epoch: int) -> None:
+        """Score the val set, remember whether it is the best yet, draw some pictures."""
+        started = time.monotonic()
+        metrics, results = evaluate_model(
+            self.evaluated_model, val_set, self.config, device=self.device, progress=self.log.progress("evaluating")
+        )
+        best = self.output_dir / "checkpoints" / "best.pt"
+        # While AP is undefined (-1: no objects), the latest weights are taken for the best.
+        improved = metrics.values["AP"] > self.state.best_ap or self.state.best_ap < 0
+        self.state.evaluations_since_best = 0 if improved else self.state.evaluations_since_best + 1
+        self.state.best_ap = max(metrics.values["AP"], self.state.best_ap)
+        record = metrics.to_json()
+        per_class = record.pop("per_class")
+        self.log.evaluation({"step": self.state.step, "epoch": epoch, "split": "val", **record}, per_class)
+        values = metrics.values
+        self.log.info(
+            f"epoch {epoch}: val AP {values['AP']:.4f} AP50 {values['AP50']:.4f} AP75 {values['AP75']:.4f}"
+            f"{' (best)' if improved else ''}, {len(results.scores)} detections, "
+            f"{duration(time.monotonic() - started)}"
+        )
+        if not len(results.scores):
+            self.log.warn(
+                f"no score above postprocess.score_thresh {self.config.postprocess.score_thresh}: usual in the first "
+                "epochs; if it lasts, look at the losses, optim.lr and the anchors"
+            )
+        if distributed.rank() != 0:
+            return
+        if improved or not best.exists():  # not there: resumed from a file into a new folder
+            write_json(metrics.to_json(), self.output_dir / "metrics.json")
+            save_checkpoint(self.snapshot(), best)
+        every = self.config.train.images_every_epochs
+        if every and epoch % every == 0:
+            pictures = val_pictures(val_set, results, skip_unreadable=self.config.data.on_error == "skip")
+            self.log.pictures("val: truth, predictions", pictures, self.state.step)
+
+    def snapshot(self) -> TrainState:
+        """What a checkpoint holds, as of now."""
+        weights = [*self.model.state_dict().values()]
+        if not all(bool(torch.isfinite(w).all()) for w in weights if w.is_floating_point()):
+            raise DivergedError(
+                f"weights are no longer finite after step {self.state.step}; checkpoints in "
+                f"{self.output_dir / 'checkpoints'} are untouched; lower optim.lr or set optim.clip_grad_norm"
+            )
+        self.state.model = self.model.state_dict()
+        self.state.ema = self.ema.model.state_dict() if self.ema is not None else None
+        self.state.optimizer = self.optimizer.state_dict()
+        self.state.scaler = self.scaler.state_dict()
+        self.state.unlogged = torch.stack(self.interval.steps) if self.interval.steps else None
+        return self.state
+
+    def save(self) -> None:
+        """Write checkpoints/last.pt."""
+        if distributed.rank() == 0:
+            save_checkpoint(self.snapshot(), self.output_dir / "checkpoints" / "last.pt")
+
+    def finish(self, val_set: CocoDataset | None, test_set: CocoDataset | None) -> dict[str, Any]:
+        """Score the test set with the best weights and write metrics.json."""
+        distributed.barrier()  # best.pt is written by the first process
+        best = self.output_dir / "checkpoints" / "best.pt"
+        test_metrics = None
+        if test_set is not None and best.exists():
+            model = model_of(load_checkpoint(best), self.device)
+            test_metrics, _ = evaluate_model(
+                model, test_set, self.config, device=self.device, progress=self.log.progress("testing")
+            )
+        written = finished_metrics(self.output_dir) if val_set is not None else {}
+        if distributed.rank() == 0:
+            if test_metrics is not None:
+                written["test"] = test_metrics.to_json()
+            write_json(written, self.output_dir / "metrics.json")
+        return written
+
+
+def val_pictures(
+    coco: CocoDataset, results: CocoResults, *, skip_unreadable: bool = False, count: int = 6
+) -> list[Image.Image]:
+    """Ground truth beside predictions, for a few images spread over the set, always the same ones."""
+    labels_of = {category_id: k for k, category_id in enumerate(coco.categories.ids)}
+    pictures = []
+    for index in np.unique(np.linspace(0, len(coco) - 1, count).astype(int)):
+        try:
+            image = decode_image(coco.path(int(index)), apply_exif=coco.apply_exif)
+        except ImageError:
+            if skip_unreadable:
+                continue
+            raise
+        rows: NDArray[np.intp] = np.nonzero(results.image_ids == coco.image_ids[index])[0]
+        xywh = torch.from_numpy(results.boxes[rows]).float()
+        found = Detections(
+            torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1),
+            torch.from_numpy(results.scores[rows]).float(),
+            torch.tensor([labels_of[int(c)] for c in results.category_ids[rows]], dtype=torch.int64),
+        )
+        truth = coco.objects(int(index))
+        pictures.append(
+            side_by_side(
+                image, found, truth.boxes, truth.labels, coco.categories.names, ignore_boxes=truth.ignore_boxes
+            )
+        )
+    return pictures
+
+
+def finished_metrics(output_dir: Path) -> dict[str, Any]:
+    """What a run wrote to metrics.json."""
+    metrics: dict[str, Any] = json.loads((output_dir / "metrics.json").read_text())
+    return metrics
+
+
+def versions_of_everything(device: torch.device) -> dict[str, str]:
+    """What decides the last bits of the weights besides the config."""
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return {
+        "torch": str(torch.__version__),  # a subclass of str, which an inert reader refuses
+        "torchvision": torchvision.__version__,
+        "device": hardware,
+        "threads": str(torch.get_num_threads()),
+        "processes": str(distributed.world_size()),
+    }
