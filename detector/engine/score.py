@@ -15,6 +15,7 @@ from detector.engine import distributed
 from detector.engine.checkpoint import load_checkpoint, write_json
 from detector.engine.evaluate import evaluate_model
 from detector.engine.predict import model_of
+from detector.engine.preflight import open_split
 
 Split = Literal["val", "test"]
 
@@ -49,16 +50,8 @@ def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_d
     with distributed.process_group(config.train.device) as device:
         named = _split_of(config, split)
         main = distributed.rank() == 0
-        dataset = read_coco(
-            Path(named.annotations),
-            Path(named.images),
-            verify=config.data.verify,
-            on_error=config.data.on_error,
-            exif=config.data.exif,
-            categories=state.categories,
-            progress=main,
-            problems_file=output_dir / f"problems_{split}.tsv" if main else None,
-        )
+        problems_file = output_dir / f"problems_{split}.tsv" if main else None
+        dataset = open_split(config, named, categories=state.categories, problems_file=problems_file)
         console = Console(highlight=False, soft_wrap=True, quiet=not main)
         _say(dataset, config, console)
         with Progress(console=console) as bar:
