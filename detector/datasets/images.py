@@ -335,8 +335,9 @@ class _Memory:
         new = [names[i] for i in fresh.tolist()]
         replaced = set(new)
         keep = np.array([row for name, row in self.rows.items() if name not in replaced], np.int64)
-        added = (stats, facts.sizes, facts.orientations, facts.modes, facts.peaks)
-        merged = [np.concatenate([old[keep], a[fresh]]) for old, a in zip(self._arrays()[:-1], added, strict=True)]
+        known: tuple[NDArray[Any], ...] = self._arrays()[:-1]
+        added: tuple[NDArray[Any], ...] = (stats, facts.sizes, facts.orientations, facts.modes, facts.peaks)
+        merged = [np.concatenate([old[keep], more[fresh]]) for old, more in zip(known, added, strict=True)]
         flags = np.concatenate([self.decoded[keep], np.full(len(fresh), decoded)])
         text = "".join(f"{name}\0" for name in [*(self.names[i] for i in keep.tolist()), *new])
         blob = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
