@@ -236,7 +236,7 @@ def transfer(
         A table of what was copied.
 
     Raises:
-        WeightsError: nothing fits.
+        WeightsError: nothing fits; or a layer that is not trained, or normalises by frozen statistics, stays empty.
     """
     own = model.state_dict()
     predictors = ("cls_subnet.predictor.", "box_subnet.predictor.")
@@ -284,6 +284,8 @@ def transfer(
     note = "; ".join([same] * bool(same) + [f"new, start from the prior: {unknown}"] * bool(unknown))
     rows.append(TransferRow("classes", len(known), len(classes), note))
     model.load_state_dict(updates, strict=False)
+    unfilled = {key.removeprefix("backbone.") for key in own if key.startswith("backbone.") and key not in updates}
+    _check_unfilled(model.backbone, unfilled, "the source of the weights")
     return rows
 
 

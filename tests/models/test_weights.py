@@ -415,6 +415,22 @@ def test_another_width_keeps_the_backbone_and_says_what_it_leaves() -> None:
     assert "another width" in table["anchors of a cell"].note
 
 
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"backbone_weights": "imagenet", "norm": "frozen_bn"}, "set model.norm=bn"),
+        ({"backbone_weights": "imagenet", "trainable_layers": 3}, "set model.trainable_layers=5"),
+    ],
+    ids=["frozen statistics", "frozen layers"],
+)
+def test_layers_that_would_stay_empty_for_ever_are_refused(settings: dict[str, Any], remedy: str) -> None:
+    source = filled(["cat"])
+    weights = {k: v for k, v in source[0].state_dict().items() if not k.startswith("backbone.layer1")}
+    target, classes = model(["cat"], **settings)
+    with pytest.raises(WeightsError, match=remedy):
+        transfer(target, weights, classes=classes, source_classes=classes, source_anchors=target.anchors)
+
+
 def test_weights_that_share_nothing_are_refused() -> None:
     target, classes = model(["cat"])
     with pytest.raises(WeightsError, match="nothing of the source fits"):
