@@ -267,7 +267,7 @@ class EvalConfig(Section):
     """How detections are scored."""
 
     every_epochs: PositiveInt = 1  # the last epoch is always evaluated
-    engine: Literal["hotcoco", "pycocotools"] = "hotcoco"  # the same numbers; hotcoco is some hundred times faster
+    engine: Literal["hotcoco", "pycocotools"] = "hotcoco"  # the same numbers; hotcoco is about eighty times faster
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     batch_size: PositiveInt | None = None  # null: train.batch_size (or micro_batch)
     max_dets: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 10, 100)
