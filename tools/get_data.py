@@ -14,7 +14,8 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detector.datasets.download import COCO2017, DataError, get_bccd, get_coco2017, nearest
+from detector.datasets.download import DataError, nearest
+from detector.datasets.public import COCO2017, get_bccd, get_coco2017
 from detector.datasets.voc import convert_voc
 
 COMMANDS = ("bccd", "coco2017", "voc")

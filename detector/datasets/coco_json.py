@@ -131,7 +131,10 @@ def nearest_path(path: Path) -> str:
     near = difflib.get_close_matches(missing, there, 1, 0.5)
     if near:
         return f"; nearest in {parent}: {near[0]}"
-    return f"; {parent} has no {missing}" + (f", but {cut(there, 5)}" if there else " and is empty")
+    told = f"; {parent} has no {missing}" + (f", but {cut(there, 5)}" if there else " and is empty")
+    if parent == Path.cwd():
+        told += "; relative paths start at the folder the program was started in"
+    return told
 
 
 def read_categories(

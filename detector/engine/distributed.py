@@ -47,7 +47,8 @@ def process_group(wanted: Literal["auto", "cpu", "cuda"]) -> Iterator[torch.devi
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # gloo beside nccl, for what is on the CPU anyway: a GPU's queue need not run empty for it
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
     finally:

@@ -131,19 +131,18 @@ def train_one_epoch(run: Run, batches: Iterator[Batch], sampler: TrainSampler, e
         micro_batches = [next(batches).to(device) for _ in range(count)]
         run.interval.waited += time.monotonic() - waiting
         asked = stop.signum  # read once: a signal may come while the others are told
+        if int(distributed.sum_over_processes(torch.tensor(int(asked is not None)))):
+            run.save()  # all processes leave before the same step
+            raise Interrupted(asked or signal.SIGTERM)
         # Matching needs no outputs, so the normaliser of the whole step is known before its first forward pass.
         matches = [run.loss.match(run.model.anchors_of(b.images), b.targets) for b in micro_batches]
         counts = torch.stack(
             [
                 torch.stack([m.num_pos.sum() for m in matches]).sum(),
                 torch.stack([(b.index >= 0).sum() for b in micro_batches]).sum(),
-                torch.tensor(int(asked is not None), device=device),
             ]
         )
-        num_pos, num_images, asked_of = distributed.sum_over_processes(counts).unbind()
-        if asked is not None or (world > 1 and int(asked_of)):  # all processes leave before the same step
-            run.save()
-            raise Interrupted(asked or signal.SIGTERM)
+        num_pos, num_images = distributed.sum_over_processes(counts).unbind()
 
         set_lr(run.optimizer, run.base_lr * lr_factor(run.state.step, sampler.total_steps, config.optim))
         losses: dict[str, Tensor] = {}

@@ -687,7 +687,7 @@ def test_other_encodings_of_json_are_read_and_broken_ones_refused(make: Make) ->
             read_coco(annotations, images, progress=False)
 
 
-def test_missing_paths_name_the_nearest(make: Make) -> None:
+def test_missing_paths_name_the_nearest(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     annotations, images = make(minimal())
     with pytest.raises(DatasetError, match=r"trian\.json: no such annotation file; nearest in .*: train\.json"):
         read_coco(annotations.with_name("trian.json"), images)
@@ -695,6 +695,9 @@ def test_missing_paths_name_the_nearest(make: Make) -> None:
         read_coco(annotations, images.with_name("image"))
     with pytest.raises(DatasetError, match=r"no such annotation file; .* has no xyzzy"):
         read_coco(annotations.parent / "xyzzy" / "deep" / "a.json", images)
+    monkeypatch.chdir(annotations.parent)
+    with pytest.raises(DatasetError, match=r"has no xyzzy, but .*; relative paths start at the folder"):
+        read_coco(Path("xyzzy/deep/a.json"), images)
 
 
 @pytest.mark.parametrize(

@@ -25,19 +25,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from detector.datasets.download import (
+from detector.datasets.archive import unpack
+from detector.datasets.download import Archive, DataError, Meter, fetch
+from detector.datasets.public import (
     BCCD_CATEGORIES,
     BCCD_SPLITS,
     COCO2017,
-    Archive,
-    DataError,
-    Meter,
     Part,
     SplitCount,
-    fetch,
     get_bccd,
     get_coco2017,
-    unpack,
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -92,16 +92,18 @@ def weights_before(config: Path) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def assert_same_weights(one: Path, other: Path, config: Path, *, rtol: float = 1e-4) -> None:
-    """Each tensor to `rtol` of its largest entry; and they must have moved much further than that."""
+def assert_same_weights(one: Path, other: Path, config: Path) -> None:
+    """Every entry to 1e-4 of itself or, near zero, to 1e-5 of its tensor's largest or of 0.02 (young biases are tiny);
+    and all must have moved much further."""
     a, b, before = last_checkpoint(one).model, last_checkpoint(other).model, weights_before(config)
     assert a.keys() == b.keys()
     size = {k: float(v.abs().max().clamp(min=1e-3)) for k, v in a.items()}
-    error = {k: float((a[k] - b[k]).abs().max()) / size[k] for k in a}
-    worst = max(error, key=lambda k: error[k])
-    assert error[worst] <= rtol, f"{worst}: {error[worst]}"
+    for k in a:
+        torch.testing.assert_close(
+            a[k], b[k], rtol=1e-4, atol=1e-5 * max(size[k], 0.02), msg=lambda text, k=k: f"{k}: {text}"
+        )
     way = [float((a[k] - v).abs().max()) / size[k] for k, v in before.items()]
-    assert np.median(way) > 3 * rtol, f"hardly anything moved ({np.median(way):.2g}), so nothing was compared"
+    assert np.median(way) > 3e-4, f"hardly anything moved ({np.median(way):.2g}), so nothing was compared"
 
 
 @pytest.mark.parametrize("norm", [pytest.param("frozen_bn", marks=pytest.mark.slow), "gn"])
@@ -121,13 +123,15 @@ def test_two_processes_give_the_same_weights_as_one_after_20_steps(
 
 
 @pytest.mark.parametrize(
-    "micro_batch", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+    ("micro_batch", "lr"),
+    [(2, 0.01), pytest.param(3, 0.01, marks=pytest.mark.slow), pytest.param(1, 0.002, marks=pytest.mark.slow)],
 )
 def test_accumulating_small_batches_gives_the_same_weights_as_one_large_batch(
-    micro_batch: int, many: TinyData, tmp_path: Path
+    micro_batch: int, lr: float, many: TinyData, tmp_path: Path
 ) -> None:
-    # A gentle rate: batches of other sizes take other kernels, whose roundings a wild run would magnify.
-    config = one_epoch(tmp_path, many, optim__lr=0.002)
+    """One image at a time takes a gentler rate: at 0.01 a unit of the backbone's last block, fed 3e-6 by one sum and
+    -1e-6 by the other, falls on the other side of its ReLU in step 4, and the two runs part (docs/results.md)."""
+    config = one_epoch(tmp_path, many, optim__lr=lr)
     train(load_config(config), tmp_path / "whole")
     train(load_config(config, [f"train.micro_batch={micro_batch}"]), tmp_path / "parts")
     assert_same_weights(tmp_path / "whole", tmp_path / "parts", config)

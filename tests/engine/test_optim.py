@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -103,6 +104,24 @@ def test_norms_and_biases_are_not_decayed_and_the_backbone_has_its_own_rate(name
 def test_norms_and_biases_are_decayed_on_demand(model: RetinaNet) -> None:
     optimizer = build_optimizer(model, OptimConfig(norm_bias_decay=True), lr=1.0)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}
+
+
+def test_the_fused_optimizer_does_what_the_plain_one_does() -> None:
+    """Also on weights that lie channels last in memory: it must not pair a weight with another one's gradient."""
+    torch.manual_seed(0)
+    fused = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Flatten()).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(fused)
+    config = OptimConfig(name="adamw", weight_decay=0.05, norm_bias_decay=True)
+    ours = build_optimizer(fused, config, lr=0.1)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=0.1, betas=config.betas, weight_decay=0.05, foreach=False)
+    for _ in range(5):
+        images = torch.randn(2, 3, 6, 6).to(memory_format=torch.channels_last)
+        for model, optimizer in ((fused, ours), (plain, theirs)):
+            optimizer.zero_grad()
+            model(images).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_frozen_parameters_are_not_given_to_the_optimizer(data: TinyData, model: RetinaNet) -> None:

@@ -71,6 +71,26 @@ def test_the_log_has_every_step_and_every_evaluation_once(whole: Run) -> None:
     assert all(set(r) == keys for r in logged if "lr" in r)
 
 
+def test_a_compiled_run_learns_what_an_eager_one_learns(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured and differentiated ahead, as on a GPU; only the code generator, which takes minutes, is left out."""
+    compile_module = torch.nn.Module.compile
+    compiled = []
+
+    def capture_only(module: torch.nn.Module, **settings: Any) -> None:
+        compiled.append(module)
+        compile_module(module, backend="aot_eager", **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", capture_only)
+    for name, compile_it in (("eager", False), ("compiled", True)):
+        train(tiny_config(tmp_path, data, **SHORT, train__compile=compile_it, data__val=None), tmp_path / name)
+    assert len(compiled) == 1
+    eager, ours = last_checkpoint(tmp_path / "eager").model, last_checkpoint(tmp_path / "compiled").model
+    for key, value in eager.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
+
+
 def test_a_checkpoint_tells_all_about_its_model(whole: Run) -> None:
     state = last_checkpoint(whole.out)
     assert state.categories.names == ("disc", "square", "bar")
