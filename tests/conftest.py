@@ -12,6 +12,7 @@ import torch
 # else runs on the same cores, threads that wait for each other make a test five times slower.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["COLUMNS"] = "110"  # messages fold to the terminal's width, which tests must not depend on
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -224,10 +225,10 @@ def examples(problems: Sequence[Problem], kinds: Sequence[str], limit: int = EXA
 
 
 def wrap(text: str, indent: str = "", hanging: str | None = None) -> str:
-    """Folded to the width of messages; paths and other long words stay whole."""
+    """Folded to the width of messages or of a narrower terminal; paths and other long words stay whole."""
     return textwrap.fill(
         text,
-        WIDTH,
+        min(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns),
         initial_indent=indent,
         subsequent_indent=indent if hanging is None else hanging,
         break_long_words=False,

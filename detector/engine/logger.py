@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
+
+
+class _Bars(Progress):
+    """Progress bars, and under them a line of text that may be wider than what a bar leaves room for."""
+
+    status = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.status:
+            yield Text(self.status)
 
 
 class RunLog:
@@ -27,10 +39,11 @@ class RunLog:
 
     def __init__(self, output_dir: Path, *, start_step: int, total_steps: int, enabled: bool = True) -> None:
         self.enabled = enabled
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not enabled)
+        self.console = Console(highlight=False, quiet=not enabled)
+        self.console.soft_wrap = not self.console.is_terminal  # lines of a file stay whole
         self.start_step, self.total_steps = start_step, total_steps
         self.started = time.monotonic()
-        self._progress: Progress | None = None
+        self._progress: _Bars | None = None
         if not enabled:
             return
         self.path = output_dir / "metrics.jsonl"
@@ -42,15 +55,15 @@ class RunLog:
         self.file = self.path.open("a", encoding="utf-8", buffering=1)
         self.tensorboard = SummaryWriter(str(output_dir), purge_step=start_step + 1)
         if self.console.is_terminal:
-            self._progress = Progress(
+            self._progress = _Bars(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
+                TextColumn("{task.fields[eta]}"),
                 console=self.console,
             )
             self._progress.start()
-            self._task = self._progress.add_task("training", total=total_steps, completed=start_step, status="")
+            self._task = self._progress.add_task("training", total=total_steps, completed=start_step, eta="")
 
     def info(self, text: object) -> None:
         """Print a line, a table or several lines."""
@@ -59,6 +72,11 @@ class RunLog:
     def warn(self, text: str) -> None:
         """Print something the user should act on."""
         self.console.print(f"warning: {text}", style="yellow", markup=False)
+
+    def advance(self, step: int) -> None:
+        """Move the bar, between two records too; no sync."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, eta=f"eta {self.eta(step)}")
 
     def step(self, record: dict[str, Any]) -> None:
         """A record of training: `step`, `epoch`, losses, lr, grad_norm, images_per_s, data_wait, ..."""
@@ -71,14 +89,14 @@ class RunLog:
         status = (
             f"loss {record['loss']:.4f} (cls {record['loss_cls']:.4f} box {record['loss_box']:.4f}) "
             f"lr {record['lr']:.2e} grad {record['grad_norm']:.2f} {record['images_per_s']:.1f} images/s "
-            f"waiting for data {record['data_wait']:.0%} eta {self.eta(record['step'])}"
+            f"waiting for data {record['data_wait']:.0%}"
         )
         if self._progress is not None:
-            self._progress.update(
-                self._task, completed=record["step"], description=f"epoch {record['epoch']:.1f}", status=status
-            )
+            self._progress.update(self._task, description=f"epoch {record['epoch']:.1f}")
+            self._progress.status = status
         else:
-            self.info(f"epoch {record['epoch']:.2f} step {record['step']}/{self.total_steps} {status}")
+            place = f"epoch {record['epoch']:.2f} step {record['step']}/{self.total_steps}"
+            self.info(f"{place} {status} eta {self.eta(record['step'])}")
 
     def evaluation(self, record: dict[str, Any], per_class: list[dict[str, Any]]) -> None:
         """A record of an evaluation: `step`, `epoch`, `split` and the metrics."""
@@ -106,7 +124,7 @@ class RunLog:
         def show(done: int, total: int) -> None:
             nonlocal task
             if task is None:
-                task = bar.add_task(what, total=total, status="")
+                task = bar.add_task(what, total=total, eta="")
             bar.update(task, completed=done)
             if done >= total:
                 bar.remove_task(task)

@@ -168,6 +168,7 @@ def train_one_epoch(run: Run, batches: Iterator[Batch], sampler: TrainSampler, e
         run.optimizer.zero_grad(set_to_none=True)
         run.state.step += 1
         step = run.state.step
+        run.log.advance(step)
         if run.ema is not None:
             run.ema.update(run.model, step)
         if step % config.train.log_every == 0 or step == sampler.total_steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -235,6 +236,41 @@ def test_a_process_that_fails_with_workers_at_work_ends(coco: CocoDataset) -> No
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=REPO)
     assert done.returncode == 1
     assert "something else went wrong" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of private memory")
+def test_the_memory_of_workers_does_not_grow_while_they_read_a_large_dataset(tmp_path: Path) -> None:
+    """Python objects would be copied into every worker as they are touched: with these 400,000 annotations as dicts each
+    worker grew by 35 MB, as it is by 0.2."""
+    annotations = write_coco(tmp_path / "large.json", 1, seed=0, sizes=((64, 64),))
+    content = json.loads(annotations.read_text())
+    picture = images_of(annotations) / content["images"][0]["file_name"]
+    box = {"category_id": 7, "bbox": [1, 1, 20, 20], "area": 400, "iscrowd": 0}
+    content["images"], content["annotations"] = [], []
+    for i in range(20_000):
+        (images_of(annotations) / f"{i}.png").hardlink_to(picture)
+        content["images"].append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 64})
+        content["annotations"] += [{**box, "id": 20 * i + k, "image_id": i} for k in range(20)]
+    annotations.write_text(json.dumps(content))
+    coco = opened(annotations)
+    del content
+    batches = [[key(i), key(i + 1), key(i + 2), key(i + 3)] for i in range(0, len(coco), 4)]
+    grown = []
+    before: dict[int, int] = {}
+    for number, _ in enumerate(build_loader(DetectionDataset(coco, max_size=64), batches, num_workers=2)):
+        if number in (250, len(batches) - 50):  # once everything has run once, and near the end
+            now = {int(p.pid or 0): private_bytes(int(p.pid or 0)) for p in multiprocessing.active_children()}
+            grown = [now[pid] - before.get(pid, 0) for pid in now]
+            before = now
+    assert len(grown) >= 2
+    assert max(grown) < 5e6, grown
+
+
+def private_bytes(pid: int) -> int:
+    """Memory of a process that it shares with no other."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
 
 
 def test_a_batch_survives_pickling_and_moving(coco: CocoDataset) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,33 @@ def test_a_step_is_one_line_of_json_and_one_line_of_text(tmp_path: Path, capsys:
     assert "\n" not in line
     for part in ("epoch 1.00", "step 20/100", "loss 1.5000", "lr 1.00e-02", "grad 3.00", "11.0 images/s", "data 25%"):
         assert part in line
+
+
+@pytest.mark.parametrize("width", [50, 80, 140])
+def test_a_terminal_of_any_width_shows_all_there_is_to_know(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between two records the bar moves on, and the time left is never what a narrow terminal cuts off."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    log = RunLog(tmp_path, start_step=0, total_steps=100)
+    log.step(STEP)
+    log.advance(23)
+    log.close()
+    screen = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out).split("\r")[-1]
+    shown = " ".join(screen.split())
+    for part in (
+        "epoch 1.0",
+        " 23/100",
+        "eta 0:0",
+        "loss 1.5000",
+        "grad 3.00",
+        "11.0 images/s",
+        "waiting for data 25%",
+    ):
+        assert part in shown
+    assert max(len(line) for line in screen.splitlines()) <= width
 
 
 def test_an_evaluation_is_recorded_with_its_classes_and_in_tensorboard(tmp_path: Path) -> None:
