@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -30,6 +30,9 @@ class Section(BaseModel):
     """A group of settings: immutable, and an unknown key is an error rather than ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class HeadConfig(Section):
@@ -114,6 +117,10 @@ class ModelConfig(Section):
         if self.trainable_layers is not None:
             return self.trainable_layers
         return 5 if self.backbone_weights == "none" else 3
+
+
+NOT_PART_OF_THE_MODEL = ("backbone_weights", "trainable_layers")
+"""Settings of `model` that only matter while training."""
 
 
 class MatchingConfig(Section):
@@ -353,6 +360,27 @@ def resolve_data_paths(config: Config) -> Config:
         train = train.model_copy(update={"init_from": str(Path(train.init_from).absolute())})
     data = config.data.model_copy(update=update)
     return config.model_copy(update={"data": data, "model": model, "train": train})
+
+
+def with_model_of(config: Config, model: ModelConfig) -> Config:
+    """The same config, but each setting of the model that nobody wrote down is another model's (a checkpoint's).
+
+    So a config that only names data and training fine-tunes, or scores, a network of any build.
+
+    Raises:
+        ConfigError: what is written down and the rest do not go together.
+    """
+    own = {key: getattr(config.model, key) for key in NOT_PART_OF_THE_MODEL}
+    filled = config.model_copy(update={"model": _filled(config.model, model).model_copy(update=own)})
+    return config_from_dict(json.loads(filled.model_dump_json()), "the config and the checkpoint's model together")
+
+
+def _filled(mine: AnySection, theirs: AnySection) -> AnySection:
+    said: dict[str, Any] = {}
+    for key in mine.model_fields_set:
+        value = getattr(mine, key)
+        said[key] = _filled(value, getattr(theirs, key)) if isinstance(value, Section) else value
+    return theirs.model_copy(update=said)
 
 
 def flatten(values: dict[str, Any], at: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detector.config import Config, config_from_dict, flatten
+from detector.config import Config, config_from_dict, flatten, with_model_of
 from detector.engine.errors import RunError
 from detector.structures import Categories
 
@@ -143,6 +143,7 @@ def state_to_resume(config: Config, output_dir: Path, resume: str | None) -> Tra
     state = load_checkpoint(path)
     if state.optimizer is None:
         raise CheckpointError(f"{path} holds weights only and cannot be resumed; use --init-from {path}")
+    config = with_model_of(config, state.config.model)
     then, now = flatten(state.config.model_dump()), flatten(config.model_dump())
     keys = {**now, **then}  # of both: a section that is null on one side has its keys on the other only
     different = [k for k in keys if then.get(k) != now.get(k) and not k.startswith(MAY_CHANGE_ON_RESUME)]

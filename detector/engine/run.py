@@ -90,6 +90,7 @@ class Run:
             self.log.info(str(report) if report is not None else "backbone: from scratch")
             return
         source = load_checkpoint(Path(config.train.init_from))
+        _require_same_build(config, source.config, config.train.init_from)
         rows = transfer(
             self.model,
             source.weights,
@@ -224,6 +225,28 @@ class Run:
                 written["test"] = test_metrics.to_json()
             write_json(written, self.output_dir / "metrics.json")
         return written
+
+
+def _require_same_build(config: Config, source: Config, path: str) -> None:
+    """Weights mean something only in a network built alike: the same names and shapes elsewhere are accidents."""
+    ours, theirs = config.model, source.model
+    pairs = {
+        "model.backbone": (ours.backbone, theirs.backbone),
+        "model.norm": (ours.norm, theirs.norm) if "gn" in (ours.norm, theirs.norm) else ("", ""),
+        "model.head.norm": (ours.head.norm, theirs.head.norm),
+    }
+    different = [f"  {key}: {a} in the config, {b} in the checkpoint" for key, (a, b) in pairs.items() if a != b]
+    if different:
+        raise ConfigError(
+            "\n".join(
+                [
+                    f"fine-tuning must keep the build of the network in {path}, got:",
+                    *different,
+                    "Leave these settings out of the config (configs/finetune.yaml does): what it does not say of the model is "
+                    "the checkpoint's.",
+                ]
+            )
+        )
 
 
 def val_pictures(

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from detector.coco_eval import Metrics, evaluate, ground_truth_warnings, load_results, write_results
-from detector.config import Config, ConfigError, SplitConfig, flatten
+from detector.config import NOT_PART_OF_THE_MODEL, Config, ConfigError, SplitConfig, flatten, with_model_of
 from detector.datasets.coco import CocoDataset, read_coco
 from detector.engine import distributed
 from detector.engine.checkpoint import load_checkpoint, write_json
@@ -18,9 +18,6 @@ from detector.engine.predict import model_of
 from detector.engine.preflight import open_split
 
 Split = Literal["val", "test"]
-
-NOT_PART_OF_THE_MODEL = ("backbone_weights", "trainable_layers")
-"""Settings of `model` that only matter while training."""
 
 
 def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_dir: Path) -> Metrics:
@@ -32,6 +29,7 @@ def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_d
         ConfigError: the config describes another model.
     """
     state = load_checkpoint(checkpoint)
+    config = with_model_of(config, state.config.model)
     theirs, ours = flatten(state.config.model.model_dump()), flatten(config.model.model_dump())
     different = [k for k in ours if theirs.get(k) != ours[k] and k not in NOT_PART_OF_THE_MODEL]
     if different:
@@ -43,7 +41,8 @@ def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_d
                         f"  model.{k}: {ours[k]!r} in the config, {theirs.get(k)!r} in the checkpoint"
                         for k in different
                     ),
-                    f"Use the run's own config ({checkpoint.parent.parent / 'config.yaml'}) or change these settings.",
+                    f"Use the run's own config ({checkpoint.parent.parent / 'config.yaml'}), or leave these settings out: "
+                    "what a config does not say of the model is the checkpoint's.",
                 ]
             )
         )

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detector.config import Config, resolve_data_paths
+from detector.config import Config, resolve_data_paths, with_model_of
 from detector.datasets.augment import Augmentation
 from detector.datasets.coco import CocoDataset
 from detector.datasets.loader import DetectionDataset, build_loader
 from detector.datasets.sampling import StepPlanner, TrainSampler
 from detector.engine import distributed
-from detector.engine.checkpoint import save_checkpoint, state_to_resume
+from detector.engine.checkpoint import load_checkpoint, save_checkpoint, state_to_resume
 from detector.engine.errors import Interrupted
 from detector.engine.evaluate import autocast, prove_pipeline
 from detector.engine.interval import Interval
@@ -49,6 +49,11 @@ def train(config: Config, output_dir: Path, *, resume: str | None = None) -> dic
 
 def _train(config: Config, output_dir: Path, resume: str | None, device: torch.device) -> dict[str, Any]:
     state = state_to_resume(config, output_dir, resume)
+    origin = state
+    if origin is None and config.train.init_from is not None:
+        origin = load_checkpoint(Path(config.train.init_from))
+    if origin is not None:
+        config = with_model_of(config, origin.config.model)
     distributed.barrier()  # all have looked before the first writes what would make the others refuse
     if state is not None and state.finished:
         return finished_metrics(output_dir)

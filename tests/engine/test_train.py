@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from detector.coco_eval import Metrics
-from detector.config import ConfigError, load_config, resolve_data_paths
+from detector.config import ConfigError, config_from_dict, load_config, resolve_data_paths
 from detector.engine import run as run_module
 from detector.engine import train as train_module
 from detector.engine.checkpoint import load_checkpoint
 from detector.engine.errors import DivergedError
 from detector.engine.evaluate import evaluate_model
+from detector.engine.score import score_checkpoint
 from detector.engine.train import train
 from detector.losses import RetinaNetLoss
 from tests.engine.conftest import EVERYTHING_ON, Run
@@ -29,6 +32,7 @@ from tests.tiny import (
     tensors_of,
     tiny_config,
     write_coco,
+    write_config,
     write_tiny_data,
 )
 
@@ -283,6 +287,39 @@ def test_fine_tuning_takes_over_what_means_the_same_and_says_so(
         assert torch.allclose(bias[:, label], expected, atol=1e-6), name
     assert (("disc <- disc" in table) and ("Bar <- bar" in table)) == ("disc" in classes)
     assert "new, start from the prior" in table
+
+
+def test_fine_tuning_needs_no_word_about_the_network(whole: Run, data: TinyData, tmp_path: Path) -> None:
+    """It is the checkpoint's: in the run, when it is resumed (the checkpoint being gone by then), and when it is scored."""
+    source = tmp_path / "source.pt"
+    source.write_bytes((whole.out / "checkpoints" / "last.pt").read_bytes())
+    path = write_config(tmp_path / "c.yaml", data, **SHORT, train__init_from=str(source))
+    values = yaml.safe_load(path.read_text())
+    theirs = {**values.pop("model"), "backbone_weights": "imagenet"}  # unsaid, and not used
+    path.write_text(yaml.safe_dump(values))
+    config = load_config(path)
+    train(config, tmp_path / "run")
+    state = last_checkpoint(tmp_path / "run")
+    assert state.config.model == config_from_dict({"model": theirs}, "x").model
+    source.unlink()
+    assert train(config, tmp_path / "run", resume="auto")["AP"] >= 0
+    score_checkpoint(config, tmp_path / "run/checkpoints/best.pt", split="val", output_dir=tmp_path / "scored")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"model__backbone": "resnet34"}, "model.backbone: resnet34 in the config, resnet18 in the checkpoint"),
+        ({"model__norm": "bn"}, "model.norm: bn in the config, gn in the checkpoint"),
+        ({"model__head": {"depth": 1, "norm": "gn"}}, "model.head.norm: gn in the config, none in the checkpoint"),
+    ],
+)
+def test_fine_tuning_a_network_of_another_build_is_refused(
+    settings: dict[str, Any], told: str, whole: Run, data: TinyData, tmp_path: Path
+) -> None:
+    source = str(whole.out / "checkpoints" / "last.pt")
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        train(tiny_config(tmp_path, data, **SHORT, **settings, train__init_from=source), tmp_path / "run")
 
 
 def test_half_precision_trains(data: TinyData, tmp_path: Path) -> None:
