@@ -38,7 +38,8 @@ class Batch(NamedTuple):
     original_sizes: Tensor
     """(B, 2) int64, height and width of the image file (after EXIF orientation, where that is applied)."""
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody looks for here
-    """(B,) int64, position in the dataset; -1 marks a filler (see datasets.loader), which counts for nothing."""
+    """(B,) int64, position in the dataset; negative for a filler, which counts for nothing: -1, or -2 - i in place of
+    picture i, which could not be read (see datasets.loader)."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device; asynchronous where the source is pinned."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ class DetectionDataset(Dataset[Sample]):
         hflip: chance of mirroring.
         augmentation: applied to the picture as read, before resizing; None in evaluation.
         seed: of the run.
-        skip_unreadable: give a filler for a picture that can no longer be read, instead of failing.
+        skip_unreadable: give a filler for a picture that can no longer be read, with a warning, instead of failing.
     """
 
     def __init__(
@@ -66,24 +67,28 @@ class DetectionDataset(Dataset[Sample]):
         self.augmentation = augmentation
         self.seed = seed
         self.skip_unreadable = skip_unreadable
+        self._told: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.coco)
 
     def __getitem__(self, key: SampleKey) -> Sample:
         if key.index < 0:
-            return _filler(key)
+            return _filler(key, index=-1)
         try:
             image = decode_image(self.coco.path(key.index), apply_exif=self.coco.apply_exif)
-        except (ImageError, OSError):
-            if self.skip_unreadable:
-                return _filler(key)
-            raise
+        except (ImageError, OSError) as error:
+            if not self.skip_unreadable:
+                raise
+            if key.index not in self._told:
+                self._told.add(key.index)
+                print(f"warning: {error}; it is left out (data.on_error is skip)", file=sys.stderr, flush=True)
+            return _filler(key, index=unreadable(key.index))
         original_size = (image.shape[0], image.shape[1])
         objects = self.coco.objects(key.index)
         seed = [self.seed, key.epoch, key.index]
         if self.augmentation is not None:
-            image, objects = self.augmentation(image, objects, seed=seed)
+            image, objects = self.augmentation(image, objects, seed=seed, name=str(self.coco.path(key.index)))
         before = (image.shape[0], image.shape[1])
         size = fit_inside(resized_size(before, min_size=key.min_size, max_size=self.max_size), key.canvas)
         image, objects = resize(image, size), scale_objects(objects, before, size)
@@ -93,9 +98,14 @@ class DetectionDataset(Dataset[Sample]):
         return Sample(image, objects, int(self.coco.image_ids[key.index]), original_size, key)
 
 
-def _filler(key: SampleKey) -> Sample:
+def _filler(key: SampleKey, *, index: int) -> Sample:
     pixel = np.zeros((1, 1, 3), np.uint8)
-    return Sample(pixel, EMPTY._replace(ignore_boxes=EVERYWHERE), -1, (1, 1), key._replace(index=-1))
+    return Sample(pixel, EMPTY._replace(ignore_boxes=EVERYWHERE), -1, (1, 1), key._replace(index=index))
+
+
+def unreadable(index: int) -> int:
+    """What stands in `Batch.index` for a picture that could not be read; its own inverse."""
+    return -2 - index
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from detector.boxes import encode, pairwise_iou
 from detector.coco_eval import CocoResults, Metrics, detections_to_results, evaluate
 from detector.config import Config
-from detector.datasets.coco import CocoDataset
-from detector.datasets.loader import DetectionDataset, build_loader
+from detector.datasets.coco import CocoDataset, DatasetError
+from detector.datasets.images import ImageError, decode_image
+from detector.datasets.loader import DetectionDataset, build_loader, unreadable
 from detector.datasets.sampling import SampleKey, eval_batches
 from detector.engine import distributed
 from detector.engine.optim import resolve_precision
@@ -44,6 +46,8 @@ def evaluate_model(
 ) -> tuple[Metrics, CocoResults]:
     """Detect in every image of a dataset and score the result; on every process alike.
 
+    Images that cannot be read (where `data.on_error` lets them be) are left out of the truth as well.
+
     Args:
         model: on `device`; its mode is restored afterwards.
         coco: the dataset.
@@ -51,8 +55,9 @@ def evaluate_model(
         device: to run on.
         progress: called with images done and in all.
     """
-    results = detect(model, coco, config, device=device, progress=progress)
-    metrics = evaluate(coco.ground_truth(), results, engine=config.eval.engine, max_dets=config.eval.max_dets)
+    results, lost = detect(model, coco, config, device=device, progress=progress)
+    truth = _only(coco.ground_truth(), np.delete(coco.image_ids, lost))
+    metrics = evaluate(truth, results, engine=config.eval.engine, max_dets=config.eval.max_dets)
     return metrics, results
 
 
@@ -64,8 +69,9 @@ def detect(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
     indices: Sequence[int] | None = None,
-) -> CocoResults:
-    """What the model finds in a dataset (or in some of its images), in COCO's terms, sorted by image."""
+) -> tuple[CocoResults, list[int]]:
+    """What the model finds in a dataset (or in some of its images), in COCO's terms, sorted by image; and the positions
+    of images that could not be read."""
     batches = _batches(coco, config, indices)[distributed.rank() :: distributed.world_size()]
     dataset = DetectionDataset(coco, max_size=config.data.max_size, skip_unreadable=config.data.on_error == "skip")
     workers = min(config.data.num_workers, len(batches))
@@ -74,6 +80,7 @@ def detect(
     was_training = model.training
     model.eval()
     found: list[CocoResults] = []
+    lost: list[int] = []
     done, total = 0, sum(map(len, batches))
     with torch.inference_mode():
         for batch in loader:
@@ -88,13 +95,15 @@ def detect(
             ):
                 if index >= 0:
                     found.append(detections_to_results(image_id, detection.cpu(), coco.categories))
+                else:
+                    lost.append(unreadable(index))
             done += len(detections)
             if progress is not None:
                 progress(done, total)
     model.train(was_training)
     everyones = [results for part in distributed.gather(found) for results in part]
     everyones.sort(key=lambda results: int(results.image_ids[0]) if len(results.image_ids) else -1)
-    return CocoResults.concatenate(everyones)
+    return CocoResults.concatenate(everyones), [i for part in distributed.gather(lost) for i in part]
 
 
 def _batches(coco: CocoDataset, config: Config, indices: Sequence[int] | None = None) -> list[list[SampleKey]]:
@@ -145,6 +154,9 @@ def round_trip(model: RetinaNet, match: Callable[[Tensor, Targets], Matches], co
                indices: Sequence[int] | None = None) -> CocoResults:  # fmt: skip
     """Ground truth by way of real batches, matching, encoding, decoding and un-resizing, as if it had been detected.
 
+    Raises:
+        ImageError: a picture cannot be read, whatever `data.on_error` is.
+
     Non-maximum suppression is set to remove nothing, because real objects may overlap as much as they like.
     """
     dataset = DetectionDataset(coco, max_size=config.data.max_size)
@@ -181,7 +193,11 @@ def prove_pipeline(
         PipelineError: the boxes did not come back.
     """
     with_objects = np.nonzero(coco.num_objects)[0]
-    chosen = [int(i) for i in (with_objects if len(with_objects) else np.arange(len(coco)))[:2]]
+    candidates = with_objects if len(with_objects) else np.arange(len(coco))
+    readable = (int(i) for i in candidates if config.data.on_error == "fail" or _is_readable(coco, int(i)))
+    chosen = list(itertools.islice(readable, 2))
+    if not chosen:
+        raise DatasetError(f"{coco.annotations}: none of its pictures with objects can be read")
     truth = _only(coco.ground_truth(), coco.image_ids[chosen])
     ordinary = ~truth.iscrowd
     published = CocoResults(
@@ -198,13 +214,21 @@ def prove_pipeline(
             f"evaluation: AP50 {reached:.3f}, expected {expected:.3f}; this is a fault of the program or of its "
             "anchors, please report it with the config"
         )
-    results = detect(model, coco, config, device=device, indices=chosen)
+    results, _ = detect(model, coco, config, device=device, indices=chosen)
     evaluate(truth, results, engine=config.eval.engine, max_dets=config.eval.max_dets)
     best = f"highest score {results.scores.max():.3f}" if len(results.scores) else "none above the score threshold"
     return (
         f"pipeline proved on images {coco.image_ids[chosen].tolist()}: ground truth comes back at AP50 {reached:.3f}; "
         f"the model as it starts finds {len(results.scores)} objects ({best})"
     )
+
+
+def _is_readable(coco: CocoDataset, index: int) -> bool:
+    try:
+        decode_image(coco.path(index), apply_exif=coco.apply_exif)
+    except (ImageError, OSError):
+        return False
+    return True
 
 
 def _only(truth: GroundTruth, image_ids: Any) -> GroundTruth:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from detector.config import Config, resolve_data_paths, with_model_of
-from detector.datasets.augment import Augmentation
+from detector.datasets.augment import Augmentation, extreme_sizes
 from detector.datasets.coco import CocoDataset
 from detector.datasets.loader import DetectionDataset, build_loader
 from detector.datasets.sampling import StepPlanner, TrainSampler
@@ -189,7 +189,11 @@ def training_data(train_set: CocoDataset, config: Config) -> DetectionDataset:
     """The training set as the network sees it: augmented, resized, mirrored."""
     augmentation = None
     if config.data.augment:
-        augmentation = Augmentation(config.data.augment, min_visibility=config.data.augment_min_visibility)
+        augmentation = Augmentation(
+            config.data.augment,
+            min_visibility=config.data.augment_min_visibility,
+            sizes=extreme_sizes(train_set.sizes),
+        )
     return DetectionDataset(
         train_set,
         max_size=config.data.max_size,

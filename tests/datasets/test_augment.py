@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from detector.config import ConfigError
-from detector.datasets.augment import Augmentation
+from detector.datasets.augment import Augmentation, extreme_sizes
 from detector.datasets.coco import Objects
 
 NONE = np.zeros((0, 4), np.float32)
@@ -132,8 +132,53 @@ def test_what_moves_pixels_but_not_boxes_is_refused_and_what_moves_no_pixels_is_
 
 
 def test_what_fails_on_a_picture_fails_before_training() -> None:
-    with pytest.raises(ConfigError, match=r"data\.augment fails on a 160x120 picture"):
+    with pytest.raises(ConfigError, match=r"data\.augment fails on a picture of 160 x 120 pixels: CropSizeError"):
         augmentation({"RandomCrop": {"height": 500, "width": 500}})
+
+
+def test_a_pipeline_is_tried_on_the_sizes_it_will_meet() -> None:
+    sizes = np.array([[600, 800], [700, 520], [512, 2000], [900, 900]])
+    assert extreme_sizes(sizes) == [(700, 520), (512, 2000)]
+    assert extreme_sizes(sizes[:0]) == []
+    crop = {"RandomCrop": {"height": 512, "width": 512}}
+    Augmentation([crop], min_visibility=0.3, sizes=extreme_sizes(sizes))
+    with pytest.raises(ConfigError, match="of 500 x 600 pixels: CropSizeError"):
+        Augmentation([crop], min_visibility=0.3, sizes=[(512, 512), (600, 500)])
+
+
+RARELY_WRONG: Sequence[Mapping[str, Any]] = (
+    {"ToFloat": {"p": 0.001}},
+    {"Normalize": {"p": 0.001}},
+    {"ToGray": {"num_output_channels": 1, "p": 0.001}},
+    {"RandomCrop": {"height": 500, "width": 500, "p": 0.001}},
+)
+
+
+@pytest.mark.parametrize("step", RARELY_WRONG, ids=lambda step: next(iter(step)))
+@pytest.mark.parametrize("around", ["nothing", "OneOf", "SomeOf", "OneOrOther", "Sequential", "RandomOrder"])
+def test_what_goes_wrong_rarely_is_found_before_training_too(around: str, step: Mapping[str, Any]) -> None:
+    fine = {"HorizontalFlip": {"p": 0.5}}
+    if around != "nothing":
+        count = {"n": 1} if around in ("SomeOf", "RandomOrder") else {}
+        step = {around: {"transforms": [fine, step], "p": 0.001, **count}}
+    with pytest.raises(ConfigError, match=r"8-bit RGB|CropSizeError"):
+        augmentation(fine, step)
+
+
+def test_trying_out_leaves_the_chances_as_they_are() -> None:
+    pipeline = augmentation(
+        {"OneOf": {"transforms": [{"HorizontalFlip": {"p": 1.0}}, {"ToGray": {"p": 1.0}}], "p": 0.5}}
+    )
+    objects = Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), NONE)
+    unchanged = [np.array_equal(pipeline(corner_picture(), objects, seed=[i])[0], corner_picture()) for i in range(200)]
+    assert 60 < sum(unchanged) < 180, "half of them, and the grey ones, which were grey before"
+
+
+def test_a_pipeline_that_fails_later_all_the_same_names_the_picture() -> None:
+    pipeline = Augmentation([{"RandomCrop": {"height": 100, "width": 100}}], min_visibility=0.3)
+    objects = Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), NONE)
+    with pytest.raises(ConfigError, match=r"fails on small\.png of 300 x 90 pixels: CropSizeError"):
+        pipeline(np.zeros((90, 300, 3), np.uint8), objects, seed=[0], name="small.png")
 
 
 @pytest.mark.parametrize(
@@ -186,6 +231,17 @@ def test_labels_stay_with_their_boxes_when_a_crop_drops_some() -> None:
     assert left.labels.tolist() == [1, 3], "one is outside, of one only a tenth is left"
     assert np.allclose(left.boxes, [[10, 10, 40, 40], [10, 60, 45, 95]])
     assert left.ignore_boxes.tolist() == [[0, 0, 10, 10]]
+
+
+def test_a_view_within_an_ignore_region_is_ignored_all_over() -> None:
+    """Of objects too much is cut off; of a region that hides objects nothing may become background."""
+    crop = {"Crop": {"x_min": 150, "y_min": 150, "x_max": 250, "y_max": 250, "p": 1.0}}
+    everywhere = np.array([[0, 0, 400, 400], [0, 0, 200, 400], [300, 300, 310, 390]], np.float32)
+    objects = Objects(everywhere, np.array([0, 1, 2]), everywhere)
+    pipeline = Augmentation([crop], min_visibility=0.3, sizes=[(400, 400)])
+    _, left = pipeline(np.zeros((400, 400, 3), np.uint8), objects, seed=[1])
+    assert len(left.boxes) == 0
+    np.testing.assert_allclose(left.ignore_boxes, [[0, 0, 100, 100], [0, 0, 50, 100]], atol=0.3 * 400 / 16)
 
 
 @pytest.mark.parametrize(("visibility", "kept"), [(0.0, 1), (0.4, 1), (0.6, 0)])

@@ -18,7 +18,7 @@ from torch import Tensor
 from detector.datasets.augment import Augmentation
 from detector.datasets.coco import CocoDataset, read_coco
 from detector.datasets.images import ImageError
-from detector.datasets.loader import EMPTY, DetectionDataset, Sample, build_loader, collate
+from detector.datasets.loader import EMPTY, DetectionDataset, Sample, build_loader, collate, unreadable
 from detector.datasets.loader import _end_workers as end_workers
 from detector.datasets.sampling import SampleKey, StepPlanner, TrainSampler
 from detector.structures import Batch, Targets
@@ -191,7 +191,9 @@ def test_a_filler_is_black_and_ignored_everywhere(coco: CocoDataset) -> None:
 
 
 @pytest.mark.parametrize("damage", ["removed", "cut", "text"])
-def test_a_picture_that_can_no_longer_be_read_is_named_or_replaced_by_a_filler(damage: str, tmp_path: Path) -> None:
+def test_a_picture_that_can_no_longer_be_read_is_named_or_replaced_by_a_filler(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     annotations = write_coco(tmp_path / "set.json", 2, seed=0)
     coco = opened(annotations)
     path = coco.path(1)
@@ -203,8 +205,11 @@ def test_a_picture_that_can_no_longer_be_read_is_named_or_replaced_by_a_filler(d
     with pytest.raises((ImageError, OSError), match=r"0020\.png"):
         failing[key(1)]
     assert failing[key(0)].image_id == 10
-    replaced = DetectionDataset(coco, max_size=96, skip_unreadable=True)[key(1)]
-    assert (replaced.image_id, replaced.key.index) == (-1, -1)
+    skipping = DetectionDataset(coco, max_size=96, skip_unreadable=True)
+    for _ in range(2):
+        replaced = skipping[key(1)]
+        assert (replaced.image_id, replaced.key.index, unreadable(replaced.key.index)) == (-1, -3, 1)
+    assert capsys.readouterr().err.count("0020.png") == 1, "told once"
 
 
 def test_an_error_in_a_worker_keeps_its_kind_and_names_the_file(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from detector.boxes import decode, encode
 from detector.coco_eval import CocoResults, detections_to_results, evaluate
 from detector.config import Config, config_from_dict
-from detector.datasets.coco import CocoDataset, read_coco
+from detector.datasets.coco import CocoDataset, DatasetError, read_coco
 from detector.datasets.images import decode_image
 from detector.engine import evaluate as evaluate_module
 from detector.engine.evaluate import (
@@ -186,7 +186,7 @@ def test_detections_do_not_depend_on_the_batch_size_and_are_those_of_single_file
     found = {}
     for batch_size in (1, 4):
         part = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": batch_size})})
-        found[batch_size] = detect(model, coco, part, device=CPU)
+        found[batch_size], _ = detect(model, coco, part, device=CPU)
     assert len(found[1]) == 20 * len(coco)
     assert found[1].image_ids.tolist() == sorted(found[1].image_ids.tolist())
     assert found[1].category_ids.tolist() == found[4].category_ids.tolist()
@@ -207,8 +207,31 @@ def test_a_part_of_a_dataset_is_detected_as_in_the_whole(whole: Run, data: TinyD
     state = last_checkpoint(whole.out)
     settings = state.config.postprocess.model_copy(update={"score_thresh": 0.0, "detections_per_img": 3})
     config = state.config.model_copy(update={"postprocess": settings})
-    some = detect(model_of(state, CPU), open_val(data), config, device=CPU, indices=[1, 3])
+    some, _ = detect(model_of(state, CPU), open_val(data), config, device=CPU, indices=[1, 3])
     assert sorted(set(some.image_ids.tolist())) == [20, 40]
+
+
+def test_pictures_that_cannot_be_read_are_told_and_count_neither_as_seen_nor_as_missed(
+    data: TinyData, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    annotations = write_coco(tmp_path / "val.json", 5, seed=2)
+    config = tiny_config(tmp_path, TinyData(annotations, annotations), data__on_error="skip", data__num_workers=1)
+    coco = read_coco(annotations, images_of(annotations), verify="none", progress=False)
+    for i in (0, 3):
+        coco.path(i).write_bytes(b"")
+    model = build_model(config.model, 3)
+    _, lost = detect(model, coco, config, device=CPU)
+    assert sorted(lost) == [0, 3]
+    metrics, _ = evaluate_model(model, coco, config, device=CPU)
+    assert sum(row.num_gt for row in metrics.per_class) == sum(coco.num_objects[[1, 2, 4]])
+    told = capfd.readouterr().err
+    assert "0010.png" in told
+    assert "0040.png" in told
+    assert "AP50 1.000" in prove_pipeline(model, build_loss(config).match, coco, config, device=CPU)
+    for i in range(5):
+        coco.path(i).unlink(missing_ok=True)
+    with pytest.raises(DatasetError, match="none of its pictures with objects can be read"):
+        prove_pipeline(model, build_loss(config).match, coco, config, device=CPU)
 
 
 def test_a_model_that_finds_nothing_scores_zero_and_keeps_its_mode(data: TinyData, tmp_path: Path) -> None:

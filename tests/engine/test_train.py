@@ -336,7 +336,7 @@ def test_half_precision_trains(data: TinyData, tmp_path: Path) -> None:
 
 
 def test_pictures_that_vanish_while_a_run_goes_on_do_not_end_it_if_it_may_skip(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One of training, one of evaluation, after all was checked; also where pictures are drawn."""
     data = write_tiny_data(tmp_path)
@@ -352,6 +352,7 @@ def test_pictures_that_vanish_while_a_run_goes_on_do_not_end_it_if_it_may_skip(
     monkeypatch.setattr(run_module.Run, "announce", announce_and_remove)
     monkeypatch.setattr(train_module, "prove_pipeline", lambda *_, **__: "")
     assert train(config, tmp_path / "run")["AP"] >= 0
+    assert capsys.readouterr().err.count("0010.png: no such file; it is left out") == 2
 
 
 def test_pictures_of_the_val_set_are_drawn_for_tensorboard(data: TinyData, tmp_path: Path) -> None:
