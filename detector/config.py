@@ -1,7 +1,11 @@
 """Every setting of the detector: its type, default, unit and reason; and how YAML becomes a `Config`.
 
 A config is read as: the files named by `_base_`, then the file itself, then `key=value` overrides. Mappings merge,
-lists replace, null removes. All mistakes of all sources are reported together.
+lists replace, null removes. Two things must not replace each other silently: a section and a value (`optim=adamw
+optim.lr=0.1`), and what a base says of a section and the same section left empty in a file, because that is what
+commenting all of its lines out leaves behind. (Sections that may be absent, data.train and train.ema, are removed by
+it; so is any section by `section=null` on the command line.) An override of a text setting, a path, is taken as it
+stands and not read as YAML. Once all is merged, the mistakes of all sources are reported together.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -96,6 +101,13 @@ class ModelConfig(Section):
     # and a run sees few shapes. batch_max_32: to the largest of the batch, rounded up to 32 (torchvision, detectron2,
     # mmdetection; less waste on small images).
     pad: Literal["multiple_128", "batch_max_32"] = "multiple_128"
+
+    @field_validator("backbone_weights", mode="before")
+    @classmethod
+    def _null_is_not_none(cls, value: object) -> object:
+        if value is None:
+            raise ValueError("backbone_weights must be imagenet, a file, or none for a network from scratch, got null")
+        return value
 
     @model_validator(mode="after")
     def _freezes_only_what_is_known(self) -> ModelConfig:
@@ -394,11 +406,12 @@ def flatten(values: dict[str, Any], at: str = "") -> dict[str, Any]:
 # ---- reading YAML -----------------------------------------------------------------------------------------------
 
 KeyPath = tuple[str, ...]
+COMMAND_LINE = "command line"
 
 
 class _Tree(NamedTuple):
     values: dict[str, Any]
-    sources: dict[KeyPath, str]  # of every key, "file:line" or "command line"
+    sources: dict[KeyPath, str]  # of every key, "file:line" or COMMAND_LINE
 
 
 class _Loader(yaml.SafeLoader):
@@ -448,6 +461,9 @@ def _parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, str]]:
 
 
 def _note_lines(node: yaml.Node, at: KeyPath, source: str, lines: dict[KeyPath, str]) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for place, item in enumerate(node.value):
+            _note_lines(item, (*at, str(place)), source, lines)
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
@@ -497,27 +513,59 @@ def _text_keys(value: Any) -> Any:
 
 
 def _merge(into: _Tree, new: _Tree) -> None:
-    def merge(old: dict[str, Any], values: dict[str, Any]) -> None:
+    def merge(old: dict[str, Any], values: dict[str, Any], at: KeyPath) -> None:
         for key, value in values.items():
-            if isinstance(value, dict) and isinstance(old.get(key), dict):
-                merge(old[key], value)
-            else:
-                old[key] = value
+            path, before = (*at, key), old.get(key)
+            if isinstance(value, dict) and isinstance(before, dict):
+                merge(before, value, path)
+                continue
+            where = _first_source(path, new.sources)
+            if before is not None:
+                _require_replaceable(path, before, _first_source(path, into.sources), value, where)
+            for stale in [p for p in into.sources if p[: len(path)] == path]:
+                del into.sources[stale]
+            into.sources[path] = where
+            old[key] = value
 
-    merge(into.values, new.values)
+    merge(into.values, new.values, ())
     into.sources.update(new.sources)
+
+
+def _require_replaceable(path: KeyPath, before: Any, said_at: str, value: Any, where: str) -> None:
+    """Refuse to lose a setting that somebody wrote down and nobody asked to remove."""
+    key = ".".join(path)
+    if value is None:
+        field = _field(path)
+        required = field is not None and _nested_section(field.annotation) is not None and not _may_be_null(field)
+        if required and where != COMMAND_LINE:
+            raise ConfigError(
+                f"{where}: `{key}` must not be empty (null), because that would wipe everything that {said_at} says of it; "
+                "delete the line, or name below it what should change"
+            )
+    elif isinstance(value, dict) != isinstance(before, dict):
+        raise ConfigError(
+            f"`{key}` must be a section or a value, not both, got {_show(before)} [{said_at}] and then {_show(value)} "
+            f"[{where}]; remove one (part of a section is set by its own key, as train.epochs=3)"
+        )
 
 
 def _apply_override(tree: _Tree, override: str) -> None:
     key, sign, text = override.partition("=")
     parts = tuple(key.strip().split("."))
-    if not sign or not all(parts):
+    field = _field(parts)
+    is_text = field is not None and field.annotation in (str, str | None)
+    if not sign or not all(parts) or (is_text and not text):
         raise ConfigError(f"override must be key=value, for example train.epochs=3, got {override!r}")
-    value, lines = _parse_yaml(text, f"override {key}")
+    lines: dict[KeyPath, str] = {}
+    value: Any = text
+    if not is_text:
+        value, lines = _parse_yaml(text, f"override {key}")
+    elif text == "null":
+        value = None
     nested: Any = _text_keys(value)
     for part in reversed(parts):
         nested = {part: nested}
-    _merge(tree, _Tree(nested, {(*parts, *path): "command line" for path in ((), *lines)}))
+    _merge(tree, _Tree(nested, {(*parts, *path): COMMAND_LINE for path in ((), *lines)}))
 
 
 # ---- telling mistakes -------------------------------------------------------------------------------------------
@@ -587,6 +635,12 @@ def _source(path: KeyPath, message: str, sources: Mapping[KeyPath, str]) -> str:
     return next((sources[path[:end]] for end in range(len(path), -1, -1) if path[:end] in sources), "defaults")
 
 
+def _first_source(path: KeyPath, sources: Mapping[KeyPath, str]) -> str:
+    """Where a key was written, or the first that stands in it, or the nearest section around."""
+    inside = next((where for key, where in sources.items() if key[: len(path)] == path), None)
+    return inside or _source(path, "", sources)
+
+
 def _validate(tree: _Tree) -> Config:
     values = _without_nulls(tree.values, Config)
     try:
@@ -625,15 +679,32 @@ def _mistakes(invalid: ValidationError, values: dict[str, Any]) -> list[tuple[Ke
 
 
 def _without_nulls(values: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
-    """Null removes a key; where null is a value of its own (loss.alpha), it stays."""
+    """Null removes a key; it stays where it is a value of its own (loss.alpha), and where text must stand, which tells.
+
+    A default in place of text would not be what was meant: null for the weights of the backbone would be ImageNet's.
+    """
     kept = {}
     for key, value in values.items():
         field = section.model_fields.get(key)
         nested = field and _nested_section(field.annotation)
-        if value is None and field is not None and type(None) not in get_args(field.annotation):
+        if value is None and field is not None and not _may_be_null(field) and field.annotation is not str:
             continue
         kept[key] = _without_nulls(value, nested) if nested and isinstance(value, dict) else value
     return kept
+
+
+def _field(path: KeyPath) -> FieldInfo | None:
+    """What the schema says of a key; None of one that it does not know."""
+    section: type[BaseModel] | None = Config
+    field = None
+    for name in path:
+        field = section.model_fields.get(name) if section is not None else None
+        section = _nested_section(field.annotation) if field is not None else None
+    return field
+
+
+def _may_be_null(field: FieldInfo) -> bool:
+    return type(None) in get_args(field.annotation)
 
 
 def _nested_section(annotation: Any) -> type[BaseModel] | None:

@@ -118,6 +118,7 @@ def test_a_missing_file_is_told_with_the_nearest_name(write: Write) -> None:
         ("? [a]\n: 1", "main.yaml:1"),
         ("train: *unknown", "main.yaml:1"),
         ("a: &x {b: *x}", "main.yaml"),
+        ("a: &x [*x]", "main.yaml"),
         ("train: 1\n\x00", "main.yaml"),
     ],
 )
@@ -145,6 +146,61 @@ def test_tags_that_would_run_code_are_refused_and_nothing_runs(write: Write, tmp
 def test_a_key_that_stands_twice_is_told_with_both_lines(write: Write) -> None:
     told = mistakes(write("train: {epochs: 2}\noptim:\n  lr: 0.1\n  lr: 0.2\n"))
     assert re.search(r"main\.yaml:4: `optim\.lr` stands twice, first at .*main\.yaml:3", told)
+
+
+def test_a_key_that_stands_twice_inside_a_list_is_told_too(write: Write) -> None:
+    text = "data:\n  augment:\n    - VerticalFlip: {}\n    - Blur:\n        p: 0.5\n        p: 0.1\n"
+    told = mistakes(write(text))
+    assert re.search(r"main\.yaml:6: `data\.augment\.1\.Blur\.p` stands twice, first at .*main\.yaml:5", told)
+    assert "`0.Blur.p` stands twice" in mistakes(write(), "data.augment=[{Blur: {p: 0.5, p: 0.1}}]")
+    config = load_config(write("data: {augment: [{Blur: {p: 0.5}}, {Blur: {p: 0.1}}]}"))
+    assert config.data.augment == ({"Blur": {"p": 0.5}}, {"Blur": {"p": 0.1}}), (
+        "the same name in two items is no mistake"
+    )
+
+
+def test_an_empty_section_of_a_file_must_not_wipe_what_its_base_says(write: Write) -> None:
+    for text, base, key, line in (
+        ("optim:\n  # lr: 0.1\n", "optim: {lr: 0.5}", "optim", 2),
+        ("train:\n  epochs: 2\nmodel:\n  head:\n", "model: {head: {depth: 2}}", "model.head", 5),
+        ("model: {anchors: null}", "model: {anchors: {rounding: integer}}", "model.anchors", 2),
+    ):
+        path = write(f"_base_: base.yaml\n{text}", base=base)
+        told = mistakes(path)
+        assert told.startswith(f"{path}:{line}: `{key}` must not be empty")
+        assert f"wipe everything that {path.with_name('base.yaml')}:1 says of it" in told
+    assert "`loss` must not be empty" in mistakes(write("_base_: [a.yaml, b.yaml]", a="loss: {gamma: 1}", b="loss:"))
+
+
+def test_an_empty_section_that_wipes_nothing_or_may_be_absent_is_no_mistake(write: Write) -> None:
+    assert load_config(write("_base_: base.yaml\noptim:\n", base="train: {epochs: 2}")).optim == Config().optim
+    assert load_config(write("_base_: base.yaml\noptim: {lr: 0.5}\n", base="optim:\n")).optim.lr == 0.5
+    split = "{images: i, annotations: a}"
+    base = f"data: {{train: {split}, val: {split}, test: {split}}}\ntrain: {{ema: {{}}, epochs: 2}}\n"
+    config = load_config(
+        write("_base_: base.yaml\ndata: {train: null, val: null, test: null}\ntrain: {ema: null}", base=base)
+    )
+    assert (config.data.train, config.data.val, config.data.test, config.train.ema) == (None, None, None, None)
+    assert config.train.epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("base", "main", "key"),
+    [
+        ("optim: adamw\n", "optim: {lr: 0.1}", "optim"),
+        ("optim: {lr: 0.1}\n", "optim: adamw", "optim"),
+        ("optim: {lr: 0.1}\n", "optim: [adamw]", "optim"),
+        ("data: {min_size: [1, 2]}\n", "data: {min_size: {short: 3}}", "data.min_size"),
+    ],
+)
+def test_a_section_and_a_value_of_the_same_key_are_told_with_both_files(
+    base: str, main: str, key: str, write: Write
+) -> None:
+    path = write(f"_base_: base.yaml\n{main}\n", base=base)
+    told = mistakes(path)
+    assert told.startswith(f"`{key}` must be a section or a value, not both, got ")
+    assert f"[{path.with_name('base.yaml')}:1]" in told
+    assert f"[{path}:2]" in told
 
 
 # ---- overrides
@@ -178,9 +234,66 @@ def test_null_removes_a_key_or_section_and_is_a_value_where_there_is_one(write: 
     assert config.loss.gamma == 2.0
     assert config.loss.alpha is None
     assert load_config(path, ["loss=null"]).loss == Config().loss
+    assert load_config(path, ["loss=null", "loss.alpha=0.5"]).loss == Config().loss.model_copy(update={"alpha": 0.5})
 
 
-@pytest.mark.parametrize("override", ["", "train.epochs", "=3", "train..epochs=3", ".=1"])
+@pytest.mark.parametrize(
+    ("overrides", "got"),
+    [
+        (["optim=adamw", "optim.lr=0.1"], """'adamw' [command line] and then {"lr": 0.1} [command line]"""),
+        (["optim.lr=0.1", "optim=adamw"], """{"lr": 0.1} [command line] and then 'adamw' [command line]"""),
+        (["data=3"], """{"train": {"images": "i"}} [main.yaml:2] and then 3 [command line]"""),
+        (["data.train=i"], """{"images": "i"} [main.yaml:2] and then 'i' [command line]"""),
+        (["data.train.images.x=3"], """'i' [main.yaml:2] and then {"x": 3} [command line]"""),
+        (["data.val.images=i", "data.val=i"], """{"images": "i"} [command line] and then 'i' [command line]"""),
+        (["train.ema=true", "train.ema.decay=0.9"], """true [command line] and then {"decay": 0.9} [command line]"""),
+    ],
+)
+def test_an_override_that_would_discard_another_or_the_files_is_told(
+    overrides: list[str], got: str, write: Write
+) -> None:
+    path = write("train: {ema: null}\ndata: {train: {images: i}}\n")
+    told = mistakes(path, *overrides).replace(str(path), path.name)
+    assert re.match(r"`[a-z.]+` must be a section or a value, not both, got ", told)
+    assert got in told
+
+
+def test_lists_and_values_replace_each_other(write: Write) -> None:
+    path = write("data: {min_size: 300}\nmodel: {anchors: {strides: grid}}\n")
+    config = load_config(path, ["data.min_size=[200, 300]", "model.anchors.strides=[4, 8, 16, 32, 64]"])
+    assert config.data.min_size == (200, 300)
+    assert config.model.anchors.strides == (4, 8, 16, 32, 64)
+    assert load_config(path, ["data.min_size=[200, 300]", "data.min_size=100"]).data.min_size == 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["/d/set #2", "2024", "C:\\x: y", "[1, 2", "{a}", "'quoted'", "true", "1e5", "a=b", " x ", "*x", "%", "~", "Ünï"],
+)
+def test_a_text_setting_is_taken_from_the_command_line_as_it_stands(text: str, write: Write) -> None:
+    config = load_config(
+        write("data: {train: {images: i, annotations: a}}\nmodel: {norm: bn}\n"),
+        [f"data.train.images={text}", f"train.init_from={text}", f"model.backbone_weights={text}"],
+    )
+    assert config.data.train == SplitConfig(images=text, annotations="a")
+    assert config.train.init_from == text
+    assert config.model.backbone_weights == text
+
+
+def test_null_is_no_text(write: Write) -> None:
+    path = write("data: {train: {images: i, annotations: a}}\ntrain: {init_from: a.pt}\n")
+    assert load_config(path, ["train.init_from=null"]).train.init_from is None
+    assert "data.train.images: input should be a valid string, got null" in mistakes(path, "data.train.images=null")
+
+
+def test_weights_that_are_null_are_not_taken_for_imagenets(write: Write) -> None:
+    told = "model.backbone_weights: backbone_weights must be imagenet, a file, or none for a network from scratch, got null"
+    assert f"{told}  [command line]" in mistakes(write(), "model.backbone_weights=null")
+    path = write("_base_: base.yaml\nmodel: {backbone_weights: }", base="model: {backbone_weights: w.pth}")
+    assert f"{told}  [{path}:2]" in mistakes(path)
+
+
+@pytest.mark.parametrize("override", ["", "train.epochs", "=3", "train..epochs=3", ".=1", "train.init_from="])
 def test_an_override_must_be_key_and_value(override: str, write: Write) -> None:
     assert "override must be key=value, for example train.epochs=3" in mistakes(write(), override)
 
@@ -189,6 +302,9 @@ def test_mistakes_of_overrides_are_told_as_such(write: Write) -> None:
     path = write("data: {train: {images: i, annotations: a}}\n")
     assert "train.epochs: input should be a valid integer, got 'x'  [command line]" in mistakes(path, "train.epochs=x")
     assert "[command line]" in mistakes(path, "data.train={images: 3}")  # the file's line for this key is stale
+    told = mistakes(write("data: {val: null}\n"), "data.val.images=i")
+    assert "data.val.annotations: field required" in told
+    assert told.endswith("[command line]")
     assert "override train.epochs:1: the YAML is broken" in mistakes(path, "train.epochs=[1")
 
 
@@ -228,7 +344,6 @@ def test_numbers_must_be_finite(text: str, write: Write) -> None:
         ("optim.lr", "false", "valid number, got false"),
         ("optim.lr", "-1", "greater than 0, got -1"),
         ("loss.alpha", "1.5", "less than or equal to 1, got 1.5"),
-        ("data.train.images", "2017", "valid string, got 2017"),
         ("model.backbone", "resnet51", "'resnet18', .*, got 'resnet51'"),
         ("data.min_size", "abc", "valid integer or a valid array, got 'abc'"),
         ("train.compile", "on", "'auto' or a valid boolean, got 'on'"),

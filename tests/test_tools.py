@@ -127,6 +127,7 @@ def mistakes(setup: Setup, folder: Path) -> dict[str, tuple[Any, list[str], list
         ),
         "run exists": (t, ["--config", config, "--output-dir", str(setup.run)], ["already holds a run", "--resume auto"]),
         "init-from missing": (t, ["--config", config, *here, "--init-from", "no.pt"], ["no.pt does not exist"]),
+        "init-from odd": (t, ["--config", config, *here, "--init-from", "my #2: x.pt"], ["my #2: x.pt does not exist"]),
         "resume missing": (t, ["--config", config, *here, "--resume", "no.pt"], ["no.pt does not exist"]),
         "weights missing": (t, ["--config", config, *here, "model.backbone_weights=no.pth"], ["no.pth"]),
         "checkpoint missing": (e, [*scored, "--checkpoint", "no.pt"], ["no.pt does not exist"]),
@@ -159,8 +160,8 @@ def mistakes(setup: Setup, folder: Path) -> dict[str, tuple[Any, list[str], list
     "which",
     [
         "config missing", "keys unknown", "override malformed", "value wrong", "annotations missing", "images missing",
-        "val has other classes", "run exists", "init-from missing", "resume missing", "weights missing",
-        "checkpoint missing", "checkpoint damaged", "checkpoint foreign", "model contradicts", "split missing",
+        "val has other classes", "run exists", "init-from missing", "init-from odd", "resume missing",
+        "weights missing", "checkpoint missing", "checkpoint damaged", "checkpoint foreign", "model contradicts", "split missing",
         "data has other classes", "results missing", "results foreign", "inputs missing", "predictor missing",
         "cuda missing",
     ],
@@ -263,6 +264,20 @@ def test_a_tool_runs_from_any_folder_without_the_package_installed(setup: Setup,
     assert done.returncode == 0, done.stderr
     assert read(tmp_path / "eval_val" / "metrics.json")["AP"] == 0.0
     assert "AP50" in done.stdout
+
+
+def test_a_run_whose_folder_holds_an_equals_sign_is_plotted_by_its_own_name(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from tools import plot_runs
+
+    run, picture = tmp_path / "lr=0.01", tmp_path / "curves.svg"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(
+        '{"epoch": 1, "loss": 0.5}\n{"epoch": 1, "split": "val", "AP": 0.1, "AP50": 0.2}\n'
+    )
+    for text, label in ((str(run), "lr=0.01"), (f"mine={run}", "mine")):
+        assert plot_runs.main([text, "--output", str(picture)]) == 0
+        assert f"<!-- {label}: AP -->" in picture.read_text()
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detector.datasets.download import DataError, nearest
 from detector.datasets.public import COCO2017, get_bccd, get_coco2017
-from detector.datasets.voc import convert_voc
+from detector.datasets.voc import VocResult, convert_voc
 
 COMMANDS = ("bccd", "coco2017", "voc")
 SHOWN_PROBLEMS = 20
@@ -64,12 +64,24 @@ def run(argv: list[str]) -> None:
             )
         except ValueError as error:
             raise DataError(str(error), exit_code=2) from error
-        for problem in result.problems[:SHOWN_PROBLEMS]:
-            print(problem)
-        if len(result.problems) > SHOWN_PROBLEMS:
-            print(f"... and {len(result.problems) - SHOWN_PROBLEMS} more problems")
-        images, boxes = len(result.coco["images"]), len(result.coco["annotations"])
-        print(f"{args.output}: {images} images, {boxes} boxes, {len(result.problems)} problems")
+        report(result, args.output)
+
+
+def report(result: VocResult, output: Path) -> None:
+    """Print the problems, of many the first with all in a file, and what was written and left out."""
+    problems, boxes = result.problems, result.coco["annotations"]
+    for problem in problems[:SHOWN_PROBLEMS]:
+        print(problem)
+    if len(problems) > SHOWN_PROBLEMS:
+        listed = output.with_suffix(".problems.txt")
+        listed.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
+        print(f"... and {len(problems) - SHOWN_PROBLEMS} more problems; all {len(problems)} are listed in {listed}")
+    difficult = sum("ignore" in box for box in boxes)
+    lost_images, lost_boxes = (sum(problem.lost == what for problem in problems) for what in ("image", "box"))
+    print(
+        f"{output}: {len(result.coco['images'])} images, {len(boxes)} boxes ({difficult} difficult, marked ignore); "
+        f"left out: {lost_images} images, {lost_boxes} boxes of other images; {len(problems)} problems"
+    )
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -87,7 +99,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     voc.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
     voc.add_argument("--annotations", type=Path, required=True, metavar="DIR", help="folder of the XML files")
     voc.add_argument("--list", type=Path, required=True, metavar="FILE", help="image names, one a line, no suffix")
-    voc.add_argument("--output", type=Path, required=True, metavar="F.json", help="COCO JSON to write")
+    voc.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="F.json",
+        help=f"COCO JSON to write; more than {SHOWN_PROBLEMS} problems are listed in F.problems.txt beside it",
+    )
     voc.add_argument("--categories", metavar="A,B", help="names in id order (default: those found, sorted)")
     return parser.parse_args(argv)
 

@@ -27,8 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     figure, (loss_axes, ap_axes) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for color, text in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9, arguments.runs, strict=False):
         label, sign, folder = text.partition("=")
-        records = read_records(Path(folder if sign else text))
-        name = label if sign else Path(text).name
+        labelled = sign and not Path(text).is_dir()  # a run's own name may hold the sign: runs/lr=0.01
+        records = read_records(Path(folder if labelled else text))
+        name = label if labelled else Path(text).name
         steps = [r for r in records if "loss" in r]
         scores = [r for r in records if r.get("split") == "val"]
         loss_axes.plot([r["epoch"] for r in steps], [r["loss"] for r in steps], color=color, linewidth=1, label=name)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.progress import track
 
+from detector.engine.checkpoint import make_folder
 from detector.engine.command_line import command
 from detector.engine.distributed import pick_device
 from detector.engine.predict import find_pictures, load_predictor, predict_files, result_records, write_records
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = find_pictures(arguments.inputs, output_dir=arguments.output_dir)
     device = pick_device(arguments.device)
     predictor = load_predictor(arguments.checkpoint, device=device, score_thresh=arguments.score_thresh)
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.output_dir)
     records, unreadable, used = [], [], set()
     for image_id, prediction in enumerate(track(predict_files(predictor, paths), "predicting", total=len(paths))):
         if prediction.image is None or prediction.detections is None:

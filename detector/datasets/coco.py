@@ -6,6 +6,7 @@ repairs or leaves out; it never lets anything through in silence. See `checks.KI
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -93,6 +94,8 @@ class CocoDataset:
     """Label k's name, and the id that this file has for it."""
     apply_exif: bool
     """Whether images are to be turned as their EXIF orientation says; pass it to `decode_image`."""
+    overrides_exif: bool
+    """Whether images have EXIF orientations that are not applied."""
     image_ids: NDArray[np.int64]
     """(N,)"""
     sizes: NDArray[np.int32]
@@ -155,6 +158,13 @@ class CocoDataset:
         return AllBoxes(
             training_boxes(self.xywh[wanted], self.sizes[index]), index, self.labels[wanted].astype(np.int64)
         )
+
+    def fingerprint(self) -> str:
+        """Of the images and annotations: their ids, sizes, boxes, classes and order."""
+        digest = hashlib.sha256(self.names)
+        for array in (self.image_ids, self.sizes, self.starts, self.xywh, self.labels, self.flags):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def ground_truth(self) -> GroundTruth:
         """What evaluation compares with: the boxes as published, unclipped, of the images that are in the dataset.
@@ -230,10 +240,10 @@ def read_coco(
         which = entries.alive if verify != "none" else entries.alive & (entries.sizes == 0).any(axis=1)
         drop_unsafe_names(entries, images, problems)
         facts = check_images(images, entries.names, which & entries.alive, decode=decode, progress=progress)
-    apply_exif, exif_note = _decide_exif(exif, entries, facts, looked=verify != "none")
+    turning = _decide_exif(exif, entries, facts, looked=verify != "none")
     declared_sizes = entries.sizes.copy()
     if facts is not None and images is not None:
-        _check_files(entries, facts, images, apply_exif, problems)
+        _check_files(entries, facts, images, turning.apply, problems)
     else:
         for i in np.flatnonzero(entries.alive & (entries.sizes == 0).any(axis=1)).tolist():
             problems.append(problem("no image size", entries.where(i), "no usable width and height"))
@@ -269,6 +279,9 @@ def read_coco(
                 already_skipping=on_error == "skip",
             )
         )
+    if progress and turning.undecided:
+        remedy = "look at some of them and set data.exif to apply or ignore"
+        print(wrap(f"warning: {annotations}: EXIF: {turning.note}; {remedy}"), file=sys.stderr, flush=True)
     if progress and problems:
         listed = f" (listed in {problems_file})" if problems_file else ""
         told = [f"{annotations}: {len(problems):,} problems{listed}", table(problems, notes=table_notes)]
@@ -281,12 +294,12 @@ def read_coco(
     if num_annotations > len(found.rows):
         notes.append(f"left out: {num_annotations - len(found.rows):,} of {num_annotations:,} annotations themselves")
     notes += [f"found: {n:,} {k}, {KINDS[k].action}{table_notes.get(k, '')}" for k, n in counts.items()]
-    notes.append(f"EXIF: {exif_note}")
+    notes.append(f"EXIF: {turning.note}")
     if facts is not None:
         notes.append(f"files: {_files_note(facts, alive, decode, verify != 'none')}")
     keep = alive[found.rows] & np.isfinite(found.xywh).all(axis=1) & (found.xywh[:, 2:] > 0).all(axis=1)
     trainable = ~checks.zero & ~checks.outside
-    return _pack(annotations, images, file_categories, apply_exif, entries, found, keep, trainable, problems, notes)
+    return _pack(annotations, images, file_categories, turning, entries, found, keep, trainable, problems, notes)
 
 
 def _box_problems(checks: BoxChecks, found: AnnotationEntries, entries: ImageEntries) -> list[Problem]:
@@ -305,30 +318,46 @@ def _box_problems(checks: BoxChecks, found: AnnotationEntries, entries: ImageEnt
     return problems
 
 
+class _Turning(NamedTuple):
+    """What is done about EXIF orientations."""
+
+    apply: bool
+    note: str
+    tagged: bool
+    """Whether there are any."""
+    undecided: bool = False
+
+
 def _decide_exif(
     exif: Literal["auto", "apply", "ignore"], entries: ImageEntries, facts: ImageFacts | None, *, looked: bool
-) -> tuple[bool, str]:
+) -> _Turning:
     """Whether images are turned as their EXIF orientation says, and the reason in words."""
     if facts is None:
-        return exif == "apply", "no images, nothing to turn"
+        return _Turning(exif == "apply", "no images, nothing to turn", tagged=False)
     turned = (facts.status == GOOD) & (facts.orientations > 1)
+    tagged = bool(turned.any())
     with_tag = f"{int(turned.sum()):,} of {int((facts.status == GOOD).sum()):,} images have an orientation tag"
     if exif != "auto":
-        return exif == "apply", f"orientation {'applied' if exif == 'apply' else 'ignored'} as configured; {with_tag}"
+        applied = exif == "apply"
+        note = f"orientation {'applied' if applied else 'ignored'} as configured; {with_tag}"
+        return _Turning(applied, note, tagged)
     if not looked:
-        return False, "orientation not applied (images were not looked at)"
+        return _Turning(False, "orientation not applied (images were not looked at)", tagged)
+    if not tagged:
+        return _Turning(False, "no image has an orientation tag", tagged)
     quarter = (facts.orientations >= 5) & entries.alive & (facts.sizes[:, 0] != facts.sizes[:, 1])
     for_it = int((quarter & (entries.sizes == facts.sizes[:, ::-1]).all(axis=1)).sum())
     against = int((quarter & (entries.sizes == facts.sizes).all(axis=1)).sum())
-    if not turned.any():
-        return False, "no image has an orientation tag"
     if for_it == against:
         told = "none of them tells" if not for_it else f"{for_it:,} speak for it and as many against"
-        return False, f"orientation not applied: {with_tag}, {told} by its size whether the annotations follow it"
-    return for_it > against, (
-        f"orientation {'applied' if for_it > against else 'not applied'}: {with_tag}; the JSON has the turned size for "
+        note = f"orientation not applied: {with_tag}, {told} by its size whether the annotations follow it"
+        return _Turning(False, note, tagged, undecided=True)
+    applied = for_it > against
+    note = (
+        f"orientation {'applied' if applied else 'not applied'}: {with_tag}; the JSON has the turned size for "
         f"{for_it:,} and the stored size for {against:,}"
     )
+    return _Turning(applied, note, tagged)
 
 
 def _check_files(
@@ -378,7 +407,7 @@ def _pack(
     annotations: Path,
     images: Path | None,
     categories: Categories,
-    apply_exif: bool,
+    turning: _Turning,
     entries: ImageEntries,
     found: AnnotationEntries,
     keep: NDArray[np.bool_],
@@ -399,7 +428,8 @@ def _pack(
         annotations=annotations,
         images=images,
         categories=categories,
-        apply_exif=apply_exif,
+        apply_exif=turning.apply,
+        overrides_exif=turning.tagged and not turning.apply,
         image_ids=entries.ids[alive],
         sizes=entries.sizes[alive],
         num_objects=np.bincount(image[flags == TRAINABLE], minlength=len(alive)),

@@ -10,13 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as rle
 
 from detector.datasets.checks import (
     DatasetError,
@@ -413,7 +412,7 @@ def read_annotations(
         name = f"annotations[{positions[k]}]" if no_id[k] else f"annotation {ids[k]}"
         return f"{name} (image {shown(dicts[k].get('image_id'))})"
 
-    derived = {k: box for k in np.flatnonzero(no_box).tolist() if (box := _box_of_segmentation(dicts[k])) is not None}
+    derived = {k: box for k in np.flatnonzero(no_box).tolist() if (box := box_of_segmentation(dicts[k])) is not None}
     for k, box in derived.items():
         xywh[k], no_box[k] = box, False
         detail = f"bbox {shown(dicts[k].get('bbox'))}, the segmentation gives {numbers_text(box)}"
@@ -484,7 +483,7 @@ def _areas(values: list[Any], xywh: NDArray[np.float64]) -> tuple[NDArray[np.flo
         return np.where(unusable, xywh[:, 2] * xywh[:, 3], areas), unusable & given
 
 
-def _box_of_segmentation(annotation: dict[str, Any]) -> list[float] | None:
+def box_of_segmentation(annotation: dict[str, Any]) -> list[float] | None:
     """xywh around polygons or a run-length-encoded mask; None where there is no usable one."""
     shape = annotation.get("segmentation")
     if annotation.get("bbox") is not None:  # something stands there; that it is wrong must not be papered over
@@ -495,20 +494,52 @@ def _box_of_segmentation(annotation: dict[str, Any]) -> list[float] | None:
         ]
         if not parts or len(parts) < len(shape):
             return None
-        xs, ys = [x for p in parts for x in p[::2]], [y for p in parts for y in p[1::2]]
-        return [_float(min(xs)), _float(min(ys)), _float(max(xs) - min(xs)), _float(max(ys) - min(ys))]
+        xs, ys = [_float(x) for p in parts for x in p[::2]], [_float(y) for p in parts for y in p[1::2]]
+        return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
     if not isinstance(shape, dict):
         return None
     size, counts = shape.get("size"), shape.get("counts")
-    # pycocotools divides by the height without asking, and trusts the counts
     if not (isinstance(size, list) and len(size) == 2 and all(type(s) is int and 0 < s < 2**31 for s in size)):
         return None
-    if isinstance(counts, list):
-        if not all(type(c) is int and c >= 0 for c in counts) or sum(counts) != size[0] * size[1]:
-            return None
-        encoded = rle.frPyObjects(shape, *size)
-    elif isinstance(counts, str) and counts.isascii():
-        encoded = {"size": size, "counts": counts.encode()}
-    else:
+    runs = _decompressed(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
         return None
-    return [float(v) for v in rle.toBbox(encoded)]
+    return _box_of_runs(runs, size[0]) if sum(runs) == size[0] * size[1] else None
+
+
+def _decompressed(text: str) -> list[int] | None:
+    """The runs in a compressed mask; None where the text is not one.
+
+    pycocotools does the same, but reads and writes beyond its buffers where the text is malformed. A number is 5 bits a
+    character, the lowest first, the last one with its sign; from the fourth on it is the difference to the run before
+    the last (cocoapi, maskApi.c, rleFrString).
+    """
+    runs: list[int] = []
+    number = bits = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or bits == 35:  # pycocotools' runs have 32 bits, and fit into seven characters
+            return None
+        number |= (code & 31) << bits
+        bits += 5
+        if code & 32:  # the number goes on
+            continue
+        if code & 16:
+            number -= 1 << bits
+        runs.append(number + runs[-2] if len(runs) > 2 else number)
+        number = bits = 0
+    return None if bits else runs
+
+
+def _box_of_runs(runs: list[int], height: int) -> list[float]:
+    """xywh around a mask whose columns are runs of background and mask by turns; of size 0 where no pixel is mask."""
+    ends = list(accumulate(runs))
+    spans = [(ends[k - 1], ends[k] - 1) for k in range(1, len(runs), 2) if runs[k]]  # first and last pixel
+    if not spans:
+        return [0.0, 0.0, 0.0, 0.0]
+    left, right = spans[0][0] // height, spans[-1][1] // height
+    if any(first // height != last // height for first, last in spans):  # on from one column's foot to the next's head
+        top, bottom = 0, height - 1
+    else:
+        top, bottom = min(first % height for first, _ in spans), max(last % height for _, last in spans)
+    return [float(left), float(top), float(right - left + 1), float(bottom - top + 1)]

@@ -88,7 +88,7 @@ def decode_image(path: Path, *, apply_exif: bool) -> NDArray[np.uint8]:
 
 
 def read_header(path: Path) -> ImageHeader:
-    """Size, mode and orientation without decoding. Raises `ImageError` as `decode_image` does, save for the pixels."""
+    """Size, mode and orientation without decoding; raises `ImageError` for all that shows without the pixels."""
     with _opened(path) as image:
         return _header(image)
 
@@ -100,6 +100,11 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{path}: image must have at most {MAX_PIXELS:,} pixels, got {image.size}")
+            if image.mode == "F":
+                raise ImageError(
+                    f"{path}: pixels must be integers, got floating point (mode F), where the file does not say which "
+                    "value is white; save it as 8-bit or 16-bit"
+                )
             yield image
     except ImageError:
         raise
@@ -149,11 +154,6 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ImageError(
-            f"{getattr(image, 'filename', 'image')}: pixels must be integers, got floating "
-            "point (mode F), where the file does not say which value is white; save it as 8-bit or 16-bit"
-        )
     if image.mode in _DEEP_GREY:
         deep = np.asarray(image).astype(np.int64)
         if deep.size and (deep.min() < 0 or deep.max() > 65535):
@@ -186,8 +186,6 @@ class ImageFacts(NamedTuple):
     """(N,) brightest value after conversion of a decoded 16-bit grey image; 255 otherwise."""
     reasons: dict[int, str]
     """Why an image is BAD."""
-    examined: int
-    """How many files were opened; the others were remembered from an earlier time."""
 
 
 def check_images(
@@ -206,7 +204,6 @@ def check_images(
         modes=np.zeros(n, "S8"),
         peaks=np.full(n, 255, np.uint8),
         reasons={},
-        examined=0,
     )
     todo = np.flatnonzero(which)
     if not len(todo):
@@ -259,7 +256,7 @@ def check_images(
         pool.shutdown(cancel_futures=True)
     if fresh.any():
         memory.remember(names, np.flatnonzero(fresh), stats, facts, decoded=decode)
-    return facts._replace(examined=int(np.count_nonzero(fresh | (facts.status == BAD))))
+    return facts
 
 
 def _follow(done: Iterator[int], total: int, what: str | None) -> None:
@@ -289,8 +286,8 @@ class _Memory:
 
     def __init__(self, root: Path) -> None:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        # Another Pillow may judge files differently.
-        key = hashlib.sha256(f"{os.path.realpath(root)}\0{PIL.__version__}\0v1".encode(errors="surrogatepass"))
+        # Another Pillow may judge files differently, and so do other rules of ours: count up when they change.
+        key = hashlib.sha256(f"{os.path.realpath(root)}\0{PIL.__version__}\0v2".encode(errors="surrogatepass"))
         self.path = Path(base) / "detector" / f"images-{key.hexdigest()[:24]}.npz"
         self.rows: dict[str, int] = {}
         self.names: list[str] = []

@@ -2,7 +2,7 @@
 
 A VOC box is the pixel corners (xmin, ymin, xmax, ymax); it becomes x = xmin, y = ymin, w = xmax - xmin,
 h = ymax - ymin. Nothing is added to width and height: most tools that write this format today mean corners, not the
-inclusive, one-based pixels of the original VOC.
+inclusive, one-based pixels of the original VOC. An object marked difficult gets `"ignore": 1`.
 """
 
 import difflib
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
-from PIL import Image, UnidentifiedImageError
+from detector.datasets.checks import printable
+from detector.datasets.images import ImageError, ImageHeader, read_header
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_XML_BYTES = 16 * 2**20  # thousands of objects fit in one megabyte; more is not an annotation
@@ -43,6 +44,7 @@ class CocoBox(TypedDict):
     bbox: list[float]
     area: float
     iscrowd: int
+    ignore: NotRequired[int]
 
 
 class CocoCategory(TypedDict):
@@ -73,7 +75,7 @@ class Problem:
     def __str__(self) -> str:
         """Return one line for people."""
         tail = "" if self.lost == "nothing" else f" ({self.lost} left out)"
-        return f"{self.name}: {self.text}{tail}"
+        return printable(f"{self.name}: {self.text}{tail}")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class VocResult:
 class _VocObject:
     name: str
     corners: tuple[float, float, float, float]
+    difficult: bool
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,9 @@ def voc_to_coco(
 
     Images are found as ``images/NAME.*``; the ``filename`` an XML file claims is not used, since renamed copies are
     common. An image whose annotation cannot be read is left out rather than kept as one without objects. Boxes beyond
-    the image's border are reported and kept as they are; the size of the image file beats the size in the XML.
+    the image's border are reported and kept as they are. The size of the image file beats the size in the XML, unless
+    that is the size of the image as its EXIF orientation turns it: then the boxes were made on the turned picture, and
+    its size is written, which is how `read_coco` knows.
 
     Args:
         images: folder of the image files.
@@ -143,17 +148,17 @@ def voc_to_coco(
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            problems.append(Problem(name, "repeated", "image must be listed once", "image"))
+            problems.append(Problem(name, "repeated", "image must be listed once, got it again; taken once", "nothing"))
             continue
         seen.add(name)
-        parsed = _read_annotation(annotations / f"{name}.xml", name, problems)
-        if parsed is None:
-            continue
         found = _find_image(images, name, problems)
         if found is None:
             continue
-        file_name, size = found
-        _compare_sizes(name, parsed.size, size, problems)
+        parsed = _read_annotation(annotations / f"{name}.xml", name, problems)
+        if parsed is None:
+            continue
+        file_name, header = found
+        size = _image_size(name, parsed.size, header, problems)
         kept.append((file_name, size, [item for item in parsed.objects if _is_usable(name, item, size, problems)]))
 
     if categories is None:
@@ -177,16 +182,17 @@ def voc_to_coco(
                 continue
             left, top, right, bottom = item.corners
             width_height = (right - left, bottom - top)
-            coco["annotations"].append(
-                CocoBox(
-                    id=first_box_id + len(coco["annotations"]),
-                    image_id=image_id,
-                    category_id=ids[item.name],
-                    bbox=[left, top, *width_height],
-                    area=width_height[0] * width_height[1],
-                    iscrowd=0,
-                )
+            box = CocoBox(
+                id=first_box_id + len(coco["annotations"]),
+                image_id=image_id,
+                category_id=ids[item.name],
+                bbox=[left, top, *width_height],
+                area=width_height[0] * width_height[1],
+                iscrowd=0,
             )
+            if item.difficult:
+                box["ignore"] = 1
+            coco["annotations"].append(box)
     return VocResult(coco, tuple(problems))
 
 
@@ -270,8 +276,12 @@ def _read_annotation(path: Path, name: str, problems: list[Problem]) -> _VocImag
         if missing:
             text = f"object {index} must have {', '.join(missing)} (text, finite numbers), got none such in {path}"
             problems.append(Problem(name, "field", text, "box"))
-        else:
-            objects.append(_VocObject(label, (corners[0], corners[1], corners[2], corners[3])))
+            continue
+        difficult = (element.findtext("difficult") or "0").strip()
+        if difficult not in ("0", "1"):
+            text = f"object {index} must have difficult 0 or 1, got {difficult!r}, taken as 0, in {path}"
+            problems.append(Problem(name, "field", text, "nothing"))
+        objects.append(_VocObject(label, (corners[0], corners[1], corners[2], corners[3]), difficult == "1"))
     unsaid: list[str] = []
     width, height = _number(root, "size/width", unsaid), _number(root, "size/height", unsaid)
     return _VocImage(None if unsaid or min(width, height) < 1 else (int(width), int(height)), objects)
@@ -289,24 +299,29 @@ def _number(element: ET.Element, path: str, missing: list[str]) -> float:
     return int(value) if value.is_integer() else value
 
 
-def _find_image(images: Path, name: str, problems: list[Problem]) -> tuple[str, tuple[int, int]] | None:
-    """Return the file name relative to ``images`` and the (width, height) in the file's header."""
+def _find_image(images: Path, name: str, problems: list[Problem]) -> tuple[str, ImageHeader] | None:
+    """Return the file name relative to ``images`` and the file's header."""
     for suffix in (form for lower in IMAGE_SUFFIXES for form in (lower, lower.upper())):
         path = images / f"{name}{suffix}"
         if not path.is_file():
             continue
         try:
-            with Image.open(path) as image:
-                return f"{name}{suffix}", image.size
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            problems.append(Problem(name, "image", f"{path} must be a readable image, got {error}", "image"))
+            return f"{name}{suffix}", read_header(path)
+        except ImageError as error:
+            problems.append(Problem(name, "image", str(error), "image"))
             return None
     text = f"image must exist as {images / name} with one of {' '.join(IMAGE_SUFFIXES)}, got no file"
     problems.append(Problem(name, "image", text, "image"))
     return None
 
 
-def _compare_sizes(name: str, said: tuple[int, int] | None, real: tuple[int, int], problems: list[Problem]) -> None:
+def _image_size(
+    name: str, said: tuple[int, int] | None, header: ImageHeader, problems: list[Problem]
+) -> tuple[int, int]:
+    """Return the (width, height) to write: the file's, or its turned one where the annotations are of the turned."""
+    real = (header.width, header.height)
+    if header.orientation >= 5 and said == real[::-1]:
+        return real[::-1]
     if said is None:
         text = f"size must stand in the XML, got none; took {real[0]}x{real[1]} from the image"
         problems.append(Problem(name, "size", text, "nothing"))
@@ -314,6 +329,7 @@ def _compare_sizes(name: str, said: tuple[int, int] | None, real: tuple[int, int
         turned = "; turned by 90 degrees? then its boxes are wrong" if said == real[::-1] else ""
         text = f"size must be the image's {real[0]}x{real[1]}, got {said[0]}x{said[1]} in the XML{turned}"
         problems.append(Problem(name, "size", text, "nothing"))
+    return real
 
 
 def _is_usable(name: str, item: _VocObject, size: tuple[int, int], problems: list[Problem]) -> bool:

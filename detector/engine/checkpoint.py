@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from detector.config import Config, config_from_dict, flatten, with_model_of
+from detector.datasets.coco import CocoDataset
 from detector.engine.errors import RunError
+from detector.models.weights import DAMAGE
 from detector.structures import Categories
 
 FORMAT = 1
@@ -51,6 +53,13 @@ class TrainState:
     """(n, 5) what the steps since the last record of the log add to the next one."""
     finished: bool = False
     """Whether the run came to its end (all steps, or early stopping)."""
+    apply_exif: bool = True
+    """Whether pictures are to be turned as their EXIF says: not if those it was trained on had orientations that their
+    annotations did not follow."""
+    train_set: str = ""
+    """Fingerprint of the training images and annotations."""
+    evaluation_due: bool = False
+    """Whether an epoch was finished but not yet evaluated."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of what decides the numbers: torch, torchvision, threads, device."""
 
@@ -99,7 +108,7 @@ def load_checkpoint(path: Path) -> TrainState:
     try:
         # mapped, so that reading a large file for its config costs nothing
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (pickle.UnpicklingError, *DAMAGE) as error:
         first_line = next(iter(str(error).splitlines()), "it ends too early")
         raise CheckpointError(
             f"checkpoint {path} cannot be read ({first_line:.200}); it is damaged or no checkpoint of ours"
@@ -158,6 +167,39 @@ def state_to_resume(config: Config, output_dir: Path, resume: str | None) -> Tra
             )
         )
     return state
+
+
+def require_same_data(state: TrainState, train_set: CocoDataset) -> None:
+    """Refuse to go on with other training data: steps, epochs and class names would no longer mean the same.
+
+    Raises:
+        RunError
+    """
+    then, now = state.categories.names, train_set.categories.names
+    if then != now:
+        raise RunError(
+            f"--resume must find the training classes as they were, got {', '.join(now)} in {train_set.annotations}; the "
+            f"run began with {', '.join(then)}; use --init-from and another --output-dir for the new ones"
+        )
+    if state.train_set and state.train_set != train_set.fingerprint():
+        raise RunError(
+            f"--resume must find the training set as it was, but the images or annotations of {train_set.annotations} have "
+            "changed since the run began; put them back, or use --init-from and another --output-dir"
+        )
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results, with those above it, if it is not there.
+
+    Raises:
+        RunError: the file system refuses.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"--output-dir must be a folder to write in, got {path}: {error.strerror}; choose another"
+        ) from None
 
 
 def write_json(content: Any, path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from detector.config import ConfigError
 
@@ -69,6 +69,13 @@ def gather(value: T) -> list[T]:
     values: list[T | None] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def same_buffers(module: nn.Module) -> None:
+    """Give every process the first one's buffers: running statistics are each process's own."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def barrier() -> None:

@@ -19,3 +19,9 @@ class Interrupted(Exception):  # noqa: N818 (no error: the user asked for it)
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
+
+
+class Stop:
+    """Whether a signal asked the run to stop."""
+
+    signum: int | None = None

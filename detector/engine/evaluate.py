@@ -23,7 +23,7 @@ from detector.engine.optim import resolve_precision
 from detector.matching import Matches
 from detector.models import RetinaNet
 from detector.postprocess import postprocess
-from detector.structures import GroundTruth, HeadOutputs, Targets
+from detector.structures import Detections, GroundTruth, HeadOutputs, Targets
 
 
 class PipelineError(RuntimeError):
@@ -82,7 +82,8 @@ def detect(
     found: list[CocoResults] = []
     lost: list[int] = []
     done, total = 0, sum(map(len, batches))
-    with torch.inference_mode():
+    # Every picture is padded as if it were alone: far too many shapes to compile the network for.
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         for batch in loader:
             on_device = batch.to(device)
             with autocast(precision, device):
@@ -147,7 +148,8 @@ def perfect_outputs(anchors: Tensor, targets: Targets, matches: Matches, num_cla
 
 def perfect_score(position: NDArray[np.int64]) -> NDArray[np.float64]:
     """The score that `perfect_outputs` gives the objects of an image, by their place in its list."""
-    return 1 / (1 + np.exp(0.002 * position - 8))
+    score: NDArray[np.float64] = 1 / (1 + np.exp(0.002 * position - 8))
+    return score
 
 
 def round_trip(model: RetinaNet, match: Callable[[Tensor, Targets], Matches], coco: CocoDataset, config: Config,
@@ -183,8 +185,8 @@ def prove_pipeline(
 ) -> str:
     """Before the first step: two images go all the way, so that nothing of it can fail hours later.
 
-    Their ground truth must come back from the round trip scoring what the published boxes score against themselves
-    (1 but for boxes that reach out of their image), and the model as it is must run through to an AP.
+    Their objects, as training sees them, must come back from the round trip scoring what they score as they are (1 but
+    for boxes that reach out of their image or are to be ignored), and the model as it is must run through to an AP.
 
     Returns:
         A line about what was found.
@@ -199,11 +201,7 @@ def prove_pipeline(
     if not chosen:
         raise DatasetError(f"{coco.annotations}: none of its pictures with objects can be read")
     truth = _only(coco.ground_truth(), coco.image_ids[chosen])
-    ordinary = ~truth.iscrowd
-    published = CocoResults(
-        truth.ann_image_ids[ordinary], truth.ann_category_ids[ordinary], truth.boxes[ordinary],
-        np.ones(int(ordinary.sum())),
-    )  # fmt: skip
+    published = CocoResults.concatenate([_as_results(coco, i) for i in chosen])
     max_dets = (1, 10, max(100, len(truth.areas)))
     expected = evaluate(truth, published, engine=config.eval.engine, max_dets=max_dets).values["AP50"]
     back = round_trip(model, match, coco, config, chosen)
@@ -221,6 +219,15 @@ def prove_pipeline(
         f"pipeline proved on images {coco.image_ids[chosen].tolist()}: ground truth comes back at AP50 {reached:.3f}; "
         f"the model as it starts finds {len(results.scores)} objects ({best})"
     )
+
+
+def _as_results(coco: CocoDataset, index: int) -> CocoResults:
+    """The objects of an image as if they had been detected."""
+    objects = coco.objects(index)
+    found = Detections(
+        torch.from_numpy(objects.boxes), torch.ones(len(objects.boxes)), torch.from_numpy(objects.labels)
+    )
+    return detections_to_results(int(coco.image_ids[index]), found, coco.categories)
 
 
 def _is_readable(coco: CocoDataset, index: int) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from detector.engine import distributed
 from detector.engine.checkpoint import write_json
 from detector.engine.errors import DivergedError
+from detector.engine.optim import current_lr
 from detector.structures import Batch, Targets
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Interval:
         ids = [i for part in self.image_ids[position] for i in part.tolist()]
         report = {
             "step": step, "loss_cls": loss_cls, "loss_box": loss_box, "grad_norm": grad_norm, "image_ids": ids,
-            "lr": run.optimizer.param_groups[0]["lr"],
+            "lr": current_lr(run.optimizer),
             "boxes": [b for t in self.targets[position] for b in t.boxes.tolist()],
         }  # fmt: skip
         path = run.output_dir / "diverged.json"
@@ -71,7 +72,9 @@ class Interval:
         """Means since the last log. A sync point."""
         table = torch.stack(self.steps)
         table[:, :2] = distributed.sum_over_processes(table[:, :2].contiguous())  # each has the losses of its images
-        loss_cls, loss_box, grad_norm, num_pos, _ = table.mean(dim=0).tolist()
+        loss_cls, loss_box, _, num_pos, _ = table.mean(dim=0).tolist()
+        norms = table[:, 2]
+        grad_norm = float(norms[norms.isfinite()].mean())  # without steps that overflowed in fp16 and were skipped
         elapsed = time.monotonic() - self.started
         record = {
             "step": run.state.step,
@@ -79,7 +82,7 @@ class Interval:
             "loss": loss_cls + loss_box,
             "loss_cls": loss_cls,
             "loss_box": loss_box,
-            "lr": run.optimizer.param_groups[0]["lr"] / (run.optimizer.param_groups[0]["lr_factor"] or 1),
+            "lr": current_lr(run.optimizer),
             "grad_norm": grad_norm,
             "num_pos": num_pos,
             "images_per_s": float(table[self.timed_from :, 4].sum()) / elapsed,

@@ -49,6 +49,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_factor"]
 
 
+def current_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the groups that have the whole of it."""
+    return next((float(g["lr"]) for g in optimizer.param_groups if g["lr_factor"] == 1), 0.0)
+
+
 def scaled_lr(config: OptimConfig, batch_size: int) -> tuple[float, str]:
     """The learning rate for this batch size, and the arithmetic in words."""
     if not config.scale_lr or batch_size == config.lr_batch_size:

@@ -43,6 +43,8 @@ class Predictor:
     def __init__(self, state: TrainState, *, device: torch.device, score_thresh: float | None = None) -> None:
         self.config: Config = state.config
         self.categories: Categories = state.categories
+        self.apply_exif = state.apply_exif and self.config.data.exif != "ignore"
+        """Pass it to `decode_image`, so that pictures lie as those of training did."""
         self.device = device
         self.model = model_of(state, device)
         self.settings: dict[str, Any] = self.config.postprocess.model_dump()
@@ -127,10 +129,9 @@ class Prediction(NamedTuple):
 
 def predict_files(predictor: Predictor, paths: Sequence[Path]) -> Iterator[Prediction]:
     """Detect in one file after the other; an unreadable one is reported and the others go on."""
-    apply_exif = predictor.config.data.exif != "ignore"
     for path in paths:
         try:
-            image = decode_image(path, apply_exif=apply_exif)
+            image = decode_image(path, apply_exif=predictor.apply_exif)
         except (ImageError, OSError) as error:
             yield Prediction(path, None, None, str(error))
             continue

@@ -25,7 +25,7 @@ from detector.datasets.images import ImageError, decode_image
 from detector.datasets.sampling import StepPlanner
 from detector.engine import distributed
 from detector.engine.checkpoint import TrainState, load_checkpoint, save_checkpoint, write_json
-from detector.engine.errors import DivergedError
+from detector.engine.errors import DivergedError, Interrupted, RunError, Stop
 from detector.engine.evaluate import evaluate_model
 from detector.engine.interval import Interval
 from detector.engine.logger import RunLog, duration
@@ -73,15 +73,19 @@ class Run:
         # Of several processes only the first one's rows are saved, and each has the losses of its own images.
         self.interval = Interval(device, self.state.unlogged if distributed.world_size() == 1 else None)
         self.state.config, self.state.versions = config, versions_of_everything(device)
+        self.state.apply_exif = not train_set.overrides_exif
+        self.state.train_set = train_set.fingerprint()
         compiled = config.train.compile is True or (config.train.compile == "auto" and device.type == "cuda")
         if compiled:
+            # Once per shape, of which multi-scale training has dozens; beyond the default limit of 8 it would go on eager.
+            torch._dynamo.config.recompile_limit = 128
             self.model.compile(dynamic=False)
         self.network: nn.Module = self.model
         if distributed.world_size() > 1:
             ids = [device.index] if device.type == "cuda" else None
-            self.network = DistributedDataParallel(
-                self.model, device_ids=ids, broadcast_buffers=config.model.norm == "bn"
-            )
+            network = DistributedDataParallel(self.model, device_ids=ids)
+            network.broadcast_buffers = config.model.norm == "bn"  # the argument of this name is deprecated
+            self.network = network
 
     def _initialise(self, train_set: CocoDataset) -> None:
         config = self.config
@@ -111,6 +115,8 @@ class Run:
             self.optimizer.load_state_dict(saved.optimizer)
         if saved.scaler:
             self.scaler.load_state_dict(saved.scaler)
+        if not (self.output_dir / "checkpoints" / "best.pt").exists():  # resumed from a file into a new folder
+            saved.best_ap, saved.evaluations_since_best = -1.0, 0
         for key, then in saved.versions.items():
             now = versions_of_everything(self.device).get(key)
             if now != then:
@@ -154,16 +160,32 @@ class Run:
         model: RetinaNet = averaged
         return model
 
-    def evaluate(self, val_set: CocoDataset, epoch: int) -> None:
-        """Score the val set, remember whether it is the best yet, draw some pictures."""
+    def evaluate(self, val_set: CocoDataset, epoch: int, stop: Stop) -> None:
+        """Score the val set, remember whether it is the best yet, draw some pictures.
+
+        Raises:
+            Interrupted: a signal came. (One of several processes goes on to the end: the others wait for it.)
+        """
+        show = self.log.progress("evaluating")
+
+        def progress(done: int, total: int) -> None:
+            if show is not None:
+                show(done, total)
+            if stop.signum is not None and distributed.world_size() == 1:
+                raise Interrupted(stop.signum)
+
         started = time.monotonic()
+        distributed.same_buffers(self.model)
+        distributed.same_buffers(self.evaluated_model)
         metrics, results = evaluate_model(
-            self.evaluated_model, val_set, self.config, device=self.device, progress=self.log.progress("evaluating")
+            self.evaluated_model, val_set, self.config, device=self.device, progress=progress
         )
         best = self.output_dir / "checkpoints" / "best.pt"
         # While AP is undefined (-1: no objects), the latest weights are taken for the best.
         improved = metrics.values["AP"] > self.state.best_ap or self.state.best_ap < 0
-        self.state.evaluations_since_best = 0 if improved else self.state.evaluations_since_best + 1
+        # Patience is for a model that stands still, not for one that has found nothing yet.
+        waiting = improved or self.state.best_ap <= 0
+        self.state.evaluations_since_best = 0 if waiting else self.state.evaluations_since_best + 1
         self.state.best_ap = max(metrics.values["AP"], self.state.best_ap)
         record = metrics.to_json()
         per_class = record.pop("per_class")
@@ -181,7 +203,7 @@ class Run:
             )
         if distributed.rank() != 0:
             return
-        if improved or not best.exists():  # not there: resumed from a file into a new folder
+        if improved:
             write_json(metrics.to_json(), self.output_dir / "metrics.json")
             save_checkpoint(self.snapshot(), best)
         every = self.config.train.images_every_epochs
@@ -279,8 +301,18 @@ def val_pictures(
 
 
 def finished_metrics(output_dir: Path) -> dict[str, Any]:
-    """What a run wrote to metrics.json."""
-    metrics: dict[str, Any] = json.loads((output_dir / "metrics.json").read_text())
+    """What a run wrote to metrics.json.
+
+    Raises:
+        RunError: nothing.
+    """
+    path = output_dir / "metrics.json"
+    if not path.exists():
+        raise RunError(
+            f"the run to resume is finished, and {path} does not exist: its results are in its own folder; score it with "
+            "tools/eval.py, or start from its weights with --init-from"
+        )
+    metrics: dict[str, Any] = json.loads(path.read_text())
     return metrics
 
 

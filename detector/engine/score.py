@@ -12,7 +12,7 @@ from detector.coco_eval import Metrics, evaluate, ground_truth_warnings, load_re
 from detector.config import NOT_PART_OF_THE_MODEL, Config, ConfigError, SplitConfig, flatten, with_model_of
 from detector.datasets.coco import CocoDataset, read_coco
 from detector.engine import distributed
-from detector.engine.checkpoint import load_checkpoint, write_json
+from detector.engine.checkpoint import load_checkpoint, make_folder, write_json
 from detector.engine.evaluate import evaluate_model
 from detector.engine.predict import model_of
 from detector.engine.preflight import open_split
@@ -60,7 +60,7 @@ def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_d
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )  # fmt: skip
         if main:
-            output_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(output_dir)
             write_results(output_dir / "detections.json", results)
             write_json(metrics.to_json(), output_dir / "metrics.json")
     return metrics
@@ -77,7 +77,7 @@ def score_results_file(config: Config, detections: Path, *, split: Split, output
     truth = dataset.ground_truth()
     results = load_results(detections, truth)
     metrics = evaluate(truth, results, engine=config.eval.engine, max_dets=config.eval.max_dets)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir)
     write_results(output_dir / "detections.json", results)
     write_json(metrics.to_json(), output_dir / "metrics.json")
     return metrics

@@ -19,8 +19,8 @@ from detector.datasets.coco import CocoDataset
 from detector.datasets.loader import DetectionDataset, build_loader
 from detector.datasets.sampling import StepPlanner, TrainSampler
 from detector.engine import distributed
-from detector.engine.checkpoint import load_checkpoint, save_checkpoint, state_to_resume
-from detector.engine.errors import Interrupted
+from detector.engine.checkpoint import load_checkpoint, make_folder, require_same_data, save_checkpoint, state_to_resume
+from detector.engine.errors import Interrupted, Stop
 from detector.engine.evaluate import autocast, prove_pipeline
 from detector.engine.interval import Interval
 from detector.engine.logger import RunLog
@@ -58,7 +58,11 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
     if state is not None and state.finished:
         return finished_metrics(output_dir)
     is_main = distributed.rank() == 0
+    if is_main:
+        make_folder(output_dir / "checkpoints")
     train_set, val_set, test_set = open_datasets(config, output_dir, quiet=not is_main)
+    if state is not None:
+        require_same_data(state, train_set)
 
     planner = StepPlanner(
         train_set.sizes,
@@ -71,8 +75,6 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
     )
     total_steps = config.train.epochs * planner.steps_per_epoch
     start_step = state.step if state is not None else 0
-    if is_main:
-        (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     log = RunLog(output_dir, start_step=start_step, total_steps=total_steps, enabled=is_main)
     try:
         run = Run(config, output_dir, device, state, train_set, log)
@@ -95,15 +97,22 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
             num_workers=config.data.num_workers,
             pin_memory=device.type == "cuda",
         )
+        if val_set is None and config.train.early_stop_patience is not None:
+            log.warn("train.early_stop_patience is ignored: there is no data.val to see whether the model gets better")
         if is_main:  # only now, so that a mistake found above leaves nothing that would be taken for a run
             (output_dir / "config.yaml").write_text(config.to_yaml())
         with _stop_on_signal() as stop:
             batches = iter(loader)
-            for epoch in range(start_step // planner.steps_per_epoch, config.train.epochs):
+            # where the evaluation of a finished epoch is due, that epoch comes again, with no step left to do
+            start_epoch = start_step // planner.steps_per_epoch - int(run.state.evaluation_due)
+            for epoch in range(start_epoch, config.train.epochs):
                 train_one_epoch(run, batches, sampler, epoch, stop)
                 last = epoch + 1 == config.train.epochs
                 if val_set is not None and (last or (epoch + 1) % config.eval.every_epochs == 0):
-                    run.evaluate(val_set, epoch + 1)
+                    run.state.evaluation_due = True
+                    run.save()  # evaluating may take long, and a signal may not wait for its end
+                    run.evaluate(val_set, epoch + 1, stop)
+                    run.state.evaluation_due = False
                 patience = config.train.early_stop_patience
                 run.state.finished = last or (patience is not None and run.state.evaluations_since_best >= patience)
                 if val_set is None and is_main:
@@ -137,7 +146,8 @@ def train_one_epoch(run: Run, batches: Iterator[Batch], sampler: TrainSampler, e
         run.interval.waited += time.monotonic() - waiting
         asked = stop.signum  # read once: a signal may come while the others are told
         if int(distributed.sum_over_processes(torch.tensor(int(asked is not None)))):
-            run.save()  # all processes leave before the same step
+            run.save()  # all processes leave before the same step, and none while the first is writing:
+            distributed.barrier()  # torchrun ends the others as soon as one is gone
             raise Interrupted(asked or signal.SIGTERM)
         # Matching needs no outputs, so the normaliser of the whole step is known before its first forward pass.
         matches = [run.loss.match(run.model.anchors_of(b.images), b.targets) for b in micro_batches]
@@ -204,19 +214,16 @@ def training_data(train_set: CocoDataset, config: Config) -> DetectionDataset:
     )
 
 
-class Stop:
-    """Whether a signal asked the run to stop."""
-
-    signum: int | None = None
-
-
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[Stop]:
-    """The first SIGINT or SIGTERM asks; the second is obeyed at once."""
+    """The first SIGINT or SIGTERM asks; a second SIGINT is obeyed at once.
+
+    (Not a second SIGTERM: torchrun and schedulers pass on what the process may have had already.)
+    """
     stop = Stop()
 
     def ask(signum: int, _: Any) -> None:
-        if stop.signum is not None:
+        if stop.signum is not None and signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         stop.signum = signum

@@ -93,7 +93,7 @@ class RetinaNetLoss(nn.Module):
             scale = 1 / total.clamp(min=1).float()
         else:
             images = torch.tensor(len(labels)) if num_images is None else num_images
-            scale = 1 / (matches.num_pos.clamp(min=1).float() * images.to(labels.device))
+            scale = 1 / (matches.num_pos.clamp(min=1).float() * images.to(labels.device).clamp(min=1))
         return {"loss_cls": (cls * scale).sum(), "loss_box": (box * scale).sum()}
 
 

@@ -73,6 +73,8 @@ class RetinaNet(nn.Module):
             return out.contiguous(memory_format=torch.channels_last)
         return out
 
+    # its cache, once captured, would ask for another compilation with every new size
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def anchors_of(self, images: Tensor) -> Tensor:
         """(A, 4) anchors of a (B, 3, H, W) batch; needs no pass through the network."""
         size = (images.shape[-2], images.shape[-1])

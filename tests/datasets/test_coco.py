@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
 import re
@@ -20,6 +21,7 @@ from pycocotools.coco import COCO
 
 from detector.datasets.checks import KINDS, check_boxes, count_kinds
 from detector.datasets.coco import CocoDataset, DatasetError, read_coco
+from detector.datasets.coco_json import box_of_segmentation
 from detector.datasets.images import decode_image
 from detector.structures import Categories
 
@@ -485,7 +487,16 @@ def test_a_missing_box_is_taken_from_the_segmentation(make: Make, segmentation: 
         {"size": [20, 30], "counts": [1, 2]},
         {"size": [20, 30], "counts": [-1, 601]},
         {"size": "20x30", "counts": "PPP"},
+        {"size": [20, 30], "counts": [2**70, 1]},
+        {"size": [20, 30], "counts": ""},
         {"size": [20, 30], "counts": "é"},
+        {"size": [20, 30], "counts": "hb0/"},  # characters outside of 48..111
+        {"size": [20, 30], "counts": "hb0p"},
+        {"size": [20, 30], "counts": "h"},  # ends within a number
+        {"size": [20, 30], "counts": "hb0P"},
+        {"size": [20, 30], "counts": "h" * 100_000 + "0"},  # a number that never ends
+        {"size": [20, 30], "counts": "O1hb0"},  # a run of -1
+        {"size": [20, 30], "counts": "gb0"},  # one pixel short of 600
     ],
 )
 def test_a_missing_box_with_an_unusable_segmentation_is_malformed(make: Make, segmentation: Any) -> None:
@@ -493,6 +504,57 @@ def test_a_missing_box_with_an_unusable_segmentation_is_malformed(make: Make, se
     del content["annotations"][-1]["bbox"]
     data = read_coco(*make(content), on_error="skip", progress=False)
     assert kinds(data) == {"malformed annotation": 1}
+
+
+@pytest.mark.parametrize("counts", [[600], [0, 0, 600], [7, 0, 593], "hb0", "00hb0"])
+def test_a_mask_without_a_pixel_has_a_box_of_zero_size(make: Make, counts: Any) -> None:
+    content = with_annotation(segmentation={"size": [20, 30], "counts": counts})
+    del content["annotations"][-1]["bbox"]
+    data = read_coco(*make(content), progress=False)
+    assert kinds(data) == {"box of zero size": 1, "box from segmentation": 1}
+
+
+def test_a_polygon_beyond_all_numbers_has_a_box_that_is_not_finite(make: Make) -> None:
+    content = with_annotation(segmentation=[[10**400, 0.5, 0.5, 10**400, 3, 3]])
+    del content["annotations"][-1]["bbox"]
+    data = read_coco(*make(content), progress=False)
+    assert kinds(data) == {"box not finite": 1, "box from segmentation": 1}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.data())
+def test_the_box_of_a_mask_is_that_of_pycocotools(height: int, width: int, data: st.DataObject) -> None:
+    pixels = data.draw(st.lists(st.integers(0, 1), min_size=height * width, max_size=height * width))
+    mask = np.array(pixels, np.uint8).reshape(height, width, order="F")
+    encoded = rle.encode(mask)
+    lengths = [len(list(run)) for _, run in itertools.groupby([0, *pixels])]  # the 0 makes the first run background
+    for counts in (encoded["counts"].decode(), [lengths[0] - 1, *lengths[1:]]):
+        segmentation = {"size": [height, width], "counts": counts}
+        assert box_of_segmentation({"segmentation": segmentation}) == rle.toBbox(encoded).tolist()
+
+
+def test_the_box_of_a_large_mask_is_that_of_pycocotools() -> None:
+    rows, columns = np.indices((3000, 2000))
+    for radius in (900, 10):
+        mask = np.asfortranarray((rows - 1400) ** 2 + (columns - 1000) ** 2 < radius**2).astype(np.uint8)
+        encoded = rle.encode(mask)
+        segmentation = {"size": [3000, 2000], "counts": encoded["counts"].decode()}
+        assert box_of_segmentation({"segmentation": segmentation}) == rle.toBbox(encoded).tolist()
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.text(max_size=8) | st.text([chr(c) for c in range(48, 112)], max_size=8) | st.text("0123456789OP", max_size=8),
+)
+def test_any_text_as_a_mask_is_refused_or_has_a_box_inside_the_image(height: int, width: int, counts: str) -> None:
+    box = box_of_segmentation({"segmentation": {"size": [height, width], "counts": counts}})
+    if box is not None:
+        x, y, w, h = box
+        assert min(x, y, w, h) >= 0
+        assert x + w <= width
+        assert y + h <= height
 
 
 def test_ignore_marks_are_ignored_in_training_and_counted_in_evaluation_as_pycocotools_does(make: Make) -> None:

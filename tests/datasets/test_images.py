@@ -7,6 +7,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,19 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     path = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(path))
     return path
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that were opened so far."""
+    real, names = images_module._opened, list[str]()
+
+    def open_and_note(path: Path | str) -> AbstractContextManager[Image.Image]:
+        names.append(Path(path).name)
+        return real(path)
+
+    monkeypatch.setattr(images_module, "_opened", open_and_note)
+    return names
 
 
 def noise(*shape: int) -> NDArray[np.uint8]:
@@ -114,8 +128,13 @@ def test_16_bit_colour_is_within_one_step_of_the_rule_for_grey(tmp_path: Path, c
 
 def test_pixels_without_a_known_white_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(ImageError, match=r"f\.tif: pixels must be integers, got floating point"):
-        decode_image(tmp_path / "f.tif", apply_exif=False)
+    for read in (read_header, lambda p: decode_image(p, apply_exif=False)):
+        with pytest.raises(ImageError, match=r"f\.tif: pixels must be integers, got floating point"):
+            read(tmp_path / "f.tif")
+    for decode in (False, True):
+        facts = check_images(tmp_path, ["f.tif"], np.ones(1, bool), decode=decode, progress=False)
+        assert facts.status.tolist() == [BAD]
+        assert facts.reasons[0].startswith("pixels must be integers")
     Image.fromarray(np.full((4, 4), -7, np.int32)).save(tmp_path / "i.tif")
     with pytest.raises(ImageError, match=r"i\.tif: integer pixels must lie in 0..65535, got -7..-7"):
         decode_image(tmp_path / "i.tif", apply_exif=False)
@@ -242,7 +261,7 @@ def folder(tmp_path: Path) -> tuple[Path, list[str]]:
 
 def test_a_folder_without_names_needs_no_check(tmp_path: Path) -> None:
     facts = check_images(tmp_path, [], np.zeros(0, bool), decode=True, progress=False)
-    assert len(facts.status) == facts.examined == 0
+    assert len(facts.status) == 0
 
 
 def test_truncation_is_found_by_decoding_and_not_by_headers(tmp_path: Path) -> None:
@@ -260,28 +279,39 @@ def test_truncation_is_found_by_decoding_and_not_by_headers(tmp_path: Path) -> N
     assert check_images(root, names, which, decode=False, progress=False).status[0] == UNCHECKED
 
 
-def test_good_files_are_remembered_until_they_change(tmp_path: Path) -> None:
+def test_good_files_are_remembered_until_they_change(tmp_path: Path, opened: list[str]) -> None:
     root, names = folder(tmp_path)
+
+    def opened_by_checking(names: list[str], *, decode: bool) -> list[str]:
+        opened.clear()
+        check_images(root, names, np.ones(len(names), bool), decode=decode, progress=False)
+        return sorted(opened)
+
     which = np.ones(len(names), bool)
     first = check_images(root, names, which, decode=True, progress=False)
+    assert sorted(opened) == ["cut.jpg", "deep.png", "good.jpg"]
+    opened.clear()
     again = check_images(root, names, which, decode=True, progress=False)
-    assert (first.examined, again.examined) == (4, 2)  # bad ones are looked at each time
+    assert opened == ["cut.jpg"]  # bad ones are looked at each time
     for a, b in zip(first[:5], again[:5], strict=True):
         np.testing.assert_array_equal(a, b)
     Image.fromarray(noise(10, 10, 3)).save(root / "good.jpg")
+    opened.clear()
     changed = check_images(root, names, which, decode=True, progress=False)
-    assert changed.examined == 3
+    assert sorted(opened) == ["cut.jpg", "good.jpg"]
     assert changed.sizes[0].tolist() == [10, 10]
     # a header check is satisfied by an earlier decoding, not the other way round
-    assert check_images(root, ["good.jpg"], np.ones(1, bool), decode=False, progress=False).examined == 0
+    assert opened_by_checking(["good.jpg"], decode=False) == []
     Image.fromarray(noise(11, 11, 3)).save(root / "good.jpg")
-    assert check_images(root, ["good.jpg"], np.ones(1, bool), decode=False, progress=False).examined == 1
-    assert check_images(root, ["good.jpg"], np.ones(1, bool), decode=True, progress=False).examined == 1
-    assert check_images(root, names, which, decode=True, progress=False).examined == 2  # the others are kept
+    assert opened_by_checking(["good.jpg"], decode=False) == ["good.jpg"]
+    assert opened_by_checking(["good.jpg"], decode=True) == ["good.jpg"]
+    assert opened_by_checking(names, decode=True) == ["cut.jpg"]  # the others are kept
 
 
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "foreign", "folder"])
-def test_a_broken_memory_costs_time_and_nothing_else(tmp_path: Path, own_cache: Path, damage: str) -> None:
+def test_a_broken_memory_costs_time_and_nothing_else(
+    tmp_path: Path, own_cache: Path, opened: list[str], damage: str
+) -> None:
     root, names = folder(tmp_path)
     which = np.ones(len(names), bool)
     first = check_images(root, names, which, decode=True, progress=False)
@@ -295,8 +325,9 @@ def test_a_broken_memory_costs_time_and_nothing_else(tmp_path: Path, own_cache: 
     else:
         memory.unlink()
         memory.mkdir()
+    opened.clear()
     again = check_images(root, names, which, decode=True, progress=False)
-    assert again.examined == first.examined
+    assert sorted(opened) == ["cut.jpg", "deep.png", "good.jpg"]
     np.testing.assert_array_equal(first.status, again.status)
 
 
@@ -322,11 +353,12 @@ def test_headers_of_png_are_read_without_decoding(tmp_path: Path, monkeypatch: p
     assert read_header(tmp_path / "a.png").width == 30
 
 
-def test_a_file_changed_without_changing_its_size_is_looked_at_again(tmp_path: Path) -> None:
+def test_a_file_changed_without_changing_its_size_is_looked_at_again(tmp_path: Path, opened: list[str]) -> None:
     pixels = Image.fromarray(noise(20, 30, 3))
     pixels.save(tmp_path / "a.bmp")
     one = np.ones(1, bool)
-    assert check_images(tmp_path, ["a.bmp"], one, decode=True, progress=False).examined == 1
+    check_images(tmp_path, ["a.bmp"], one, decode=True, progress=False)
     pixels.transpose(Image.Transpose.ROTATE_90).resize((30, 20)).save(tmp_path / "a.bmp")
     os.utime(tmp_path / "a.bmp", ns=(1, 1))
-    assert check_images(tmp_path, ["a.bmp"], one, decode=True, progress=False).examined == 1
+    check_images(tmp_path, ["a.bmp"], one, decode=True, progress=False)
+    assert opened == ["a.bmp", "a.bmp"]

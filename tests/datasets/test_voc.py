@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from detector.datasets.coco import read_coco
 from detector.datasets.voc import Kind, VocResult, convert_voc, parse_xml, read_names, voc_to_coco
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def voc_object(name: str, *corners: object) -> str:
+def voc_object(name: str, *corners: object, more: str = "") -> str:
     sides = zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
-    return f"<object><name>{name}</name><bndbox>{''.join(f'<{s}>{v}</{s}>' for s, v in sides)}</bndbox></object>"
+    box = "".join(f"<{side}>{value}</{side}>" for side, value in sides)
+    return f"<object><name>{name}</name>{more}<bndbox>{box}</bndbox></object>"
 
 
 def voc_xml(*objects: str, size: str = "<size><width>64</width><height>48</height></size>") -> str:
@@ -111,6 +113,55 @@ def test_given_categories_keep_their_order_and_ids_count_on(tree: Tree) -> None:
 GOOD = voc_object("dog", 1, 1, 9, 9)
 
 
+def test_difficult_objects_are_marked_ignore_and_no_others(tree: Tree) -> None:
+    marks = ("", "<difficult/>", "<difficult>0</difficult>", "<difficult> 1 </difficult>")
+    tree.add("a", voc_xml(*(voc_object("dog", 1, 1, 9, 9, more=mark) for mark in marks)))
+    result = tree.convert("a")
+    assert result.problems == ()
+    assert [box.get("ignore") for box in result.coco["annotations"]] == [None, None, None, 1]
+
+
+# Of the file: 64x48. Turned by its tag: 48x64.
+@pytest.mark.parametrize(
+    ("orientation", "said", "written", "problems"),
+    [
+        (1, (64, 48), (64, 48), 0),
+        (1, (48, 64), (64, 48), 1),
+        (3, (48, 64), (64, 48), 1),
+        *((orientation, (48, 64), (48, 64), 0) for orientation in (5, 6, 7, 8)),
+        (6, (64, 48), (64, 48), 0),
+        (6, (48, 65), (64, 48), 1),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_an_xml_size_of_the_turned_picture_is_kept_if_exif_turns_it(
+    tree: Tree, suffix: str, orientation: int, said: tuple[int, int], written: tuple[int, int], problems: int
+) -> None:
+    tree.add("a", voc_xml(GOOD, size=f"<size><width>{said[0]}</width><height>{said[1]}</height></size>"), image=False)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (64, 48)).save(tree.images / f"a.{suffix}", exif=exif)
+    result = tree.convert("a")
+    assert [(image["width"], image["height"]) for image in result.coco["images"]] == [written]
+    assert [problem.kind for problem in result.problems] == ["size"] * problems
+
+
+def test_boxes_of_a_turned_picture_are_compared_with_its_turned_size_and_read_as_such(
+    tree: Tree, tmp_path: Path
+) -> None:
+    size = "<size><width>48</width><height>64</height></size>"
+    tree.add("a", voc_xml(voc_object("dog", 1, 50, 9, 64), voc_object("dog", 1, 1, 49, 9), size=size), image=False)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(tree.images / "a.jpg", exif=exif)
+    (tmp_path / "list.txt").write_text("a\n")
+    result = convert_voc(tree.images, tree.annotations, list_file=tmp_path / "list.txt", output=tmp_path / "coco.json")
+    assert [str(problem) for problem in result.problems] == ["a: box must lie in the 48x64 image, got dog [1,1,49,9]"]
+    data = read_coco(tmp_path / "coco.json", tree.images, progress=False)
+    assert data.apply_exif
+    assert data.objects(0).boxes.tolist() == [[1, 50, 9, 64], [1, 1, 48, 9]]
+
+
 @pytest.mark.parametrize(
     ("xml", "kind", "lost", "says"),
     [
@@ -127,6 +178,7 @@ GOOD = voc_object("dog", 1, 1, 9, 9)
         (voc_xml(GOOD, voc_object("dog", 5, 6, 4, 9)), "empty_box", "box", "xmax > xmin"),
         (voc_xml(GOOD, voc_object("dog", 5, 6, 65, 9)), "outside", "nothing", "must lie in the 64x48 image"),
         (voc_xml(GOOD, voc_object("dig", 5, 6, 9, 9)), "category", "box", "did you mean dog?"),
+        (voc_xml(voc_object("dog", 1, 1, 9, 9, more="<difficult>yes</difficult>")), "field", "nothing", "got 'yes'"),
         (voc_xml(GOOD, size=""), "size", "nothing", "took 64x48 from the image"),
         (voc_xml(GOOD, size="<size><width>0</width><height>0</height></size>"), "size", "nothing", "got none"),
         (voc_xml(GOOD, size="<size><width>48</width><height>64</height></size>"), "size", "nothing", "90 degrees"),
@@ -154,8 +206,31 @@ def test_missing_broken_and_repeated_images_are_reported(tree: Tree) -> None:
     (tree.images / "broken.png").write_bytes(b"not a picture")
     tree.add("fine", voc_xml(GOOD))
     result = tree.convert("gone", "broken", "fine", "fine")
-    assert [(p.name, p.kind) for p in result.problems] == [("gone", "image"), ("broken", "image"), ("fine", "repeated")]
+    assert [(p.name, p.kind, p.lost) for p in result.problems] == [
+        ("gone", "image", "image"),
+        ("broken", "image", "image"),
+        ("fine", "repeated", "nothing"),
+    ]
     assert [image["file_name"] for image in result.coco["images"]] == ["fine.jpg"]
+
+
+def test_images_that_the_reader_refuses_are_left_out(tree: Tree) -> None:
+    tree.add("fine", voc_xml(GOOD))
+    tree.add("floats", voc_xml(GOOD), image=False)
+    Image.new("F", (64, 48)).save(tree.images / "floats.tif")
+    tree.add("program", voc_xml(GOOD), image=False)  # Pillow would start Ghostscript for it
+    (tree.images / "program.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n%%EndComments\n")
+    result = tree.convert("fine", "floats", "program")
+    assert [(p.name, p.kind, p.lost) for p in result.problems] == [
+        ("floats", "image", "image"),
+        ("program", "image", "image"),
+    ]
+    assert [image["file_name"] for image in result.coco["images"]] == ["fine.jpg"]
+
+
+def test_boxes_of_an_image_that_is_left_out_are_no_problems_of_their_own(tree: Tree) -> None:
+    tree.add("gone", voc_xml("<object/>", GOOD), image=False)
+    assert [(p.kind, p.lost) for p in tree.convert("gone").problems] == [("image", "image")]
 
 
 def billion_laughs(encoding: str) -> bytes:
@@ -188,6 +263,57 @@ def test_names_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
         read_names(tmp_path / "list.txt")
 
 
+def run_tool(get_data: ModuleType, tree: Tree, output: Path, *names: str) -> int:
+    names_file = output.with_suffix(".txt")
+    names_file.write_text("".join(f"{name}\n" for name in names))
+    folders = [f"--images={tree.images}", f"--annotations={tree.annotations}"]
+    code: int = get_data.main(["voc", *folders, f"--list={names_file}", f"--output={output}"])
+    return code
+
+
+def test_tool_says_one_line_where_there_are_no_problems(
+    tree: Tree, tmp_path: Path, get_data: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree.add("a", voc_xml(GOOD))
+    assert run_tool(get_data, tree, tmp_path / "a.json", "a") == 0
+    assert capsys.readouterr().out == (
+        f"{tmp_path}/a.json: 1 images, 1 boxes (0 difficult, marked ignore); "
+        "left out: 0 images, 0 boxes of other images; 0 problems\n"
+    )
+    assert not (tmp_path / "a.problems.txt").exists()
+
+
+def test_tool_counts_difficult_boxes_and_what_is_left_out(
+    tree: Tree, tmp_path: Path, get_data: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hard = voc_object("dog", 1, 1, 9, 9, more="<difficult>1</difficult>")
+    empty = voc_object("dog", 3, 3, 3, 3)
+    tree.add("a", voc_xml(GOOD, hard, hard, empty, "<object/>"))
+    tree.add("b", voc_xml(GOOD, size=""))
+    tree.add("c", None)
+    assert run_tool(get_data, tree, tmp_path / "a.json", "a", "b", "b", "c", "d") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert lines[-1] == (
+        f"{tmp_path}/a.json: 2 images, 4 boxes (2 difficult, marked ignore); "
+        "left out: 2 images, 2 boxes of other images; 6 problems"
+    )
+    assert not (tmp_path / "a.problems.txt").exists()
+
+
+def test_tool_lists_many_problems_completely_in_a_file(
+    tree: Tree, tmp_path: Path, get_data: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree.add("a", voc_xml(GOOD, *(voc_object("d\n\x9bog", k, k, k, k) for k in range(30))))
+    assert run_tool(get_data, tree, tmp_path / "a.json", "a") == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = (tmp_path / "a.problems.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[:-2] == listed[:20]
+    assert lines[-2] == f"... and 10 more problems; all 30 are listed in {tmp_path}/a.problems.txt"
+    assert len(listed) == 30
+    assert listed[29] == ("a: box must have xmax > xmin and ymax > ymin, got d\\n\\x9bog [29,29,29,29] (box left out)")
+
+
 def test_tool_writes_what_the_converter_returns(
     tree: Tree, tmp_path: Path, get_data: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,7 +323,7 @@ def test_tool_writes_what_the_converter_returns(
     arguments = ["voc", f"--images={tree.images}", f"--annotations={tree.annotations}", f"--output={output}"]
     assert get_data.main([*arguments, f"--list={tmp_path / 'list.txt'}"]) == 0
     assert json.loads(output.read_text()) == tree.convert("a").coco
-    assert "1 images, 1 boxes, 1 problems" in capsys.readouterr().out
+    assert "1 images, 1 boxes" in capsys.readouterr().out
     assert get_data.main([*arguments, f"--list={tmp_path / 'none.txt'}"]) == 2
     assert capsys.readouterr().err.startswith("error: --list must be a text file")
 

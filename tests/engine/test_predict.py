@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from detector.engine.predict import InputError, find_pictures, load_predictor, predict_files
+from detector.engine.train import train
 from detector.structures import Detections
 from tests.engine.conftest import Run
-from tests.tiny import TinyData, images_of
+from tests.tiny import TinyData, images_of, tiny_config, write_coco
 from tools.predict import main
 
 
@@ -133,6 +134,22 @@ def test_a_turned_picture_is_seen_upright(whole: Run, pictures: Path) -> None:
     expected, found = detected(whole, pictures / "a" / "x.png"), detected(whole, pictures / "turned.png")
     assert torch.equal(found.boxes, expected.boxes)
     assert torch.equal(found.scores, expected.scores)
+
+
+def test_pictures_lie_as_those_of_training_did(tmp_path: Path) -> None:
+    """Annotations made on pictures as stored, whose orientation tags they ignore: prediction ignores them too."""
+    annotations = write_coco(tmp_path / "train.json", 4, seed=1, sizes=((96, 128),))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for path in images_of(annotations).iterdir():
+        Image.open(path).save(path, exif=exif)
+    data = TinyData(annotations, annotations)
+    config = tiny_config(tmp_path, data, train__epochs=1, data__val=None, data__verify="header")
+    train(config, tmp_path / "run")
+    predictor = load_predictor(tmp_path / "run/checkpoints/best.pt", device=torch.device("cpu"), score_thresh=0.0)
+    (prediction,) = predict_files(predictor, [path])
+    assert prediction.image is not None
+    assert prediction.image.shape[:2] == (96, 128)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "I;16"])
