@@ -123,6 +123,16 @@ class ModelConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _groups_go_round(self) -> ModelConfig:
+        channels = self.head.channels or self.fpn_channels
+        if self.head.norm == "gn" and channels % 32:
+            raise ValueError(
+                f"head.channels (or fpn_channels) must be a multiple of 32 with head.norm gn, which makes 32 groups of "
+                f"them, got {channels}"
+            )
+        return self
+
     @property
     def num_trainable_layers(self) -> int:
         """`trainable_layers` with its default filled in."""

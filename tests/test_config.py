@@ -346,6 +346,11 @@ def test_numbers_must_be_finite(text: str, write: Write) -> None:
         ("loss.alpha", "1.5", "less than or equal to 1, got 1.5"),
         ("model.backbone", "resnet51", "'resnet18', .*, got 'resnet51'"),
         ("data.min_size", "abc", "valid integer or a valid array, got 'abc'"),
+        (
+            "model.head",
+            "{norm: gn, channels: 48}",
+            "must be a multiple of 32 with head.norm gn, which makes 32 groups of them, got 48",
+        ),
         ("train.compile", "on", "'auto' or a valid boolean, got 'on'"),
         ("model.anchors.strides", "foo", "valid array or 'grid', got 'foo'"),
         ("train.seed", "9223372036854775808", "less than 9223372036854775808, got 9223372036854775808"),

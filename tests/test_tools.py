@@ -129,6 +129,14 @@ def mistakes(setup: Setup, folder: Path) -> dict[str, tuple[Any, list[str], list
         "init-from missing": (t, ["--config", config, *here, "--init-from", "no.pt"], ["no.pt does not exist"]),
         "init-from odd": (t, ["--config", config, *here, "--init-from", "my #2: x.pt"], ["my #2: x.pt does not exist"]),
         "resume missing": (t, ["--config", config, *here, "--resume", "no.pt"], ["no.pt does not exist"]),
+        "output is a file": (t, ["--config", config, "--output-dir", str(damaged)], ["must be a folder to write in"]),
+        "predictions into a file": (
+            p, ["--checkpoint", checkpoint, str(REPO / "data/shapes/images/val"), "--output-dir", str(damaged)],
+            ["must be a folder to write in"],
+        ),
+        "scores into a file": (
+            e, ["--config", config, "--checkpoint", checkpoint, "--output-dir", str(damaged)], ["must be a folder to write in"],
+        ),
         "weights missing": (t, ["--config", config, *here, "model.backbone_weights=no.pth"], ["no.pth"]),
         "checkpoint missing": (e, [*scored, "--checkpoint", "no.pt"], ["no.pt does not exist"]),
         "checkpoint damaged": (e, [*scored, "--checkpoint", str(damaged)], ["damaged.pt cannot be read"]),

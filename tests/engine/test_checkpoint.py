@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -114,6 +116,26 @@ def test_a_damaged_checkpoint_is_named(size: int, tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(whole[:size])
     with pytest.raises(CheckpointError, match=r"a\.pt cannot be read .* damaged or no checkpoint of ours"):
         load_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_text_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("epoch 1: loss 0.5\n")
+    with pytest.raises(CheckpointError, match=r"x\.pt cannot be read"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_no_damage_ends_in_anything_but_an_error_that_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    save_checkpoint(state(), path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        broken = bytearray(whole if rng.random() < 0.7 else whole[: rng.integers(1, len(whole) + 1)])
+        for position in rng.integers(0, len(broken), 3):
+            broken[position] = rng.integers(256)
+        path.write_bytes(broken)
+        with contextlib.suppress(CheckpointError):  # or it reads: not every byte matters
+            load_checkpoint(path)
 
 
 @pytest.mark.parametrize(

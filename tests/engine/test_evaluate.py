@@ -263,6 +263,22 @@ def test_a_sound_pipeline_is_proved(data: TinyData, tmp_path: Path) -> None:
     assert "ground truth comes back at AP50 1.000" in prove(data, tiny_config(tmp_path, data))
 
 
+@pytest.mark.parametrize(
+    "odd", [{"bbox": [-60, 10, 100, 40]}, {"bbox": [500, 500, 40, 40]}, {"ignore": 1}, {"iscrowd": 1}], ids=str
+)
+def test_what_training_does_not_see_as_published_is_no_fault_of_the_pipeline(
+    odd: dict[str, Any], tmp_path: Path
+) -> None:
+    """Boxes that reach far out of their image, lie outside, or are to be ignored do not come back as they are."""
+    annotations = write_coco(tmp_path / "odd.json", 2, seed=0)
+    content = json.loads(annotations.read_text())
+    content["annotations"][0].update(odd)
+    annotations.write_text(json.dumps(content))
+    config = tiny_config(tmp_path, TinyData(annotations, annotations))
+    coco = read_coco(annotations, images_of(annotations), verify="none", progress=False)
+    prove_pipeline(build_model(config.model, 3), build_loss(config).match, coco, config, device=CPU)
+
+
 def test_images_without_any_objects_are_proved_too(data: TinyData, tmp_path: Path) -> None:
     annotations = write_coco(tmp_path / "empty.json", 3, seed=0, objects=0)
     config = tiny_config(tmp_path, data)

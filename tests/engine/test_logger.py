@@ -38,6 +38,15 @@ def test_a_step_is_one_line_of_json_and_one_line_of_text(tmp_path: Path, capsys:
         assert part in line
 
 
+def test_what_is_no_number_is_null_because_json_knows_no_other(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, start_step=0, total_steps=100)
+    log.step({**STEP, "grad_norm": float("nan"), "loss": float("inf")})
+    log.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert json.loads(text) == {**STEP, "grad_norm": None, "loss": None}
+
+
 @pytest.mark.parametrize("width", [50, 80, 140])
 def test_a_terminal_of_any_width_shows_all_there_is_to_know(
     width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

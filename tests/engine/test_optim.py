@@ -15,7 +15,16 @@ from torch import nn
 
 from detector.config import OptimConfig
 from detector.engine import optim as optim_module
-from detector.engine.optim import Ema, build_optimizer, lr_factor, resolve_precision, scaled_lr, set_lr, warmup_of
+from detector.engine.optim import (
+    Ema,
+    build_optimizer,
+    current_lr,
+    lr_factor,
+    resolve_precision,
+    scaled_lr,
+    set_lr,
+    warmup_of,
+)
 from detector.models import RetinaNet
 from detector.models import build_model as build
 from tests.tiny import TinyData, tiny_config
@@ -99,6 +108,13 @@ def test_norms_and_biases_are_not_decayed_and_the_backbone_has_its_own_rate(name
         assert group["lr"] == pytest.approx(0.05 if full.startswith("backbone.") else 0.5), full
         kinds.add((plain, full.startswith("backbone.")))
     assert len(kinds) == 4
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0])
+def test_the_rate_that_is_told_is_that_of_the_heads(factor: float, model: RetinaNet) -> None:
+    optimizer = build_optimizer(model, OptimConfig(backbone_lr_factor=factor), lr=1.0)
+    set_lr(optimizer, 0.5)
+    assert current_lr(optimizer) == 0.5
 
 
 def test_norms_and_biases_are_decayed_on_demand(model: RetinaNet) -> None:

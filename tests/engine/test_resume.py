@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ import pytest
 from detector.config import Config, load_config
 from detector.engine import run as run_module
 from detector.engine import train as train_module
-from detector.engine.checkpoint import CheckpointError
-from detector.engine.errors import RunError
+from detector.engine.checkpoint import CheckpointError, save_checkpoint
+from detector.engine.errors import Interrupted, RunError
 from detector.engine.evaluate import evaluate_model
 from detector.engine.logger import RunLog
 from detector.engine.train import train
@@ -33,6 +35,7 @@ from tests.tiny import (
     wait,
     wait_for,
     write_config,
+    write_tiny_data,
 )  # fmt: skip
 from tools.train import main
 
@@ -128,6 +131,40 @@ def test_a_run_that_crashed_while_it_evaluated_evaluates_again(
             train(config, tmp_path / "run")
     train(config, tmp_path / "run", resume="auto")
     assert_same_end(tmp_path / "run", whole.out)
+
+
+def test_a_signal_during_an_evaluation_ends_it_at_once_and_loses_nothing(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--config", str(whole.config), "--output-dir", str(tmp_path)]
+
+    def asked_and_told(*arguments: Any, progress: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        progress(1, 5)
+        raise AssertionError("goes on evaluating")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "evaluate_model", asked_and_told)
+        assert main(argv) == 128 + signal.SIGTERM
+    state = last_checkpoint(tmp_path)
+    assert (state.step, state.evaluation_due) == (3, True)
+    assert main([*argv, "--resume", "auto"]) == 0
+    assert_same_end(tmp_path, whole.out)
+
+
+def test_sigterm_may_come_twice(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun and schedulers pass on what the process has had already; that must not kill it while it saves."""
+    save = run_module.Run.save
+
+    def asked_again(run: run_module.Run) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(run)
+
+    monkeypatch.setattr(run_module.Run, "save", asked_again)
+    signal_after(1, signal.SIGTERM, monkeypatch)
+    argv = ["--config", str(whole.config), "--output-dir", str(tmp_path), "train.checkpoint_every_steps=null"]
+    assert main(argv) == 128 + signal.SIGTERM
+    assert last_checkpoint(tmp_path).step == 1
 
 
 def changed(run: Run, folder: Path, **settings: Any) -> Config:
@@ -256,6 +293,66 @@ def test_a_run_goes_on_in_another_folder_from_a_named_checkpoint(
     assert differing(last_checkpoint(tmp_path / "second"), last_checkpoint(whole.out)) == []
     assert (tmp_path / "second" / "checkpoints" / "best.pt").exists()
     assert set(metrics) >= {"AP", "per_class"}
+
+
+def test_the_best_of_a_new_folder_is_the_best_of_what_was_evaluated_there(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        crash_after(5, patch)
+        with pytest.raises(Crash):
+            train(load_config(whole.config), tmp_path / "first")
+    state = last_checkpoint(tmp_path / "first")
+    state.best_ap = 0.99
+    save_checkpoint(state, tmp_path / "elsewhere.pt")
+    metrics = train(load_config(whole.config), tmp_path / "second", resume=str(tmp_path / "elsewhere.pt"))
+    assert last_checkpoint(tmp_path / "second").best_ap == metrics["AP"] < 0.99
+
+
+def test_a_run_goes_on_from_the_best_checkpoint_even_if_that_is_of_the_last_step(whole: Run, tmp_path: Path) -> None:
+    """Nothing is left to do but the evaluation, of which it does not know yet."""
+    state = last_checkpoint(whole.out)
+    state.finished, state.evaluation_due = False, True
+    save_checkpoint(state, tmp_path / "best.pt")
+    metrics = train(load_config(whole.config), tmp_path / "run", resume=str(tmp_path / "best.pt"))
+    assert metrics == json.loads((whole.out / "metrics.json").read_text())
+    assert differing(last_checkpoint(tmp_path / "run"), last_checkpoint(whole.out)) == []
+
+
+def test_a_finished_run_is_not_resumed_into_another_folder(
+    whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = str(whole.out / "checkpoints" / "last.pt")
+    assert main(["--config", str(whole.config), "--output-dir", str(tmp_path / "new"), "--resume", last]) == 2
+    assert "the run to resume is finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda c: c["annotations"].pop(), "the images or annotations of .* have changed"),
+        (lambda c: c["annotations"][0]["bbox"].__setitem__(0, 1.5), "the images or annotations of .* have changed"),
+        (lambda c: c["images"].pop(), "the images or annotations of .* have changed"),
+        (lambda c: c["categories"][0].update(name="circle"), "the run began with"),
+        (lambda c: c["categories"].append({"id": 91, "name": "new"}), "the run began with"),
+    ],
+    ids=["annotation gone", "box moved", "image gone", "class renamed", "class added"],
+)
+def test_a_run_does_not_go_on_with_other_training_data(
+    change: Callable[[Any], object], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_tiny_data(tmp_path)
+    config = tiny_config(tmp_path, data, train__epochs=1, data__val=None)
+    signal_after(1, signal.SIGTERM, monkeypatch)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run")
+    content = json.loads(data.train.read_text())
+    change(content)
+    known = {image["id"] for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in known]
+    data.train.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=told):
+        train(config, tmp_path / "run", resume="auto")
 
 
 def test_means_of_an_interval_are_those_of_the_uninterrupted_run(

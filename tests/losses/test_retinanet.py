@@ -236,6 +236,16 @@ def test_half_precision_heads_give_fp32_losses() -> None:
         torch.testing.assert_close(value, rounded[name])
 
 
+@pytest.mark.parametrize("normalizer", ["global", "per_image"])
+def test_a_step_of_which_no_image_could_be_read_teaches_nothing(normalizer: Any) -> None:
+    logits, deltas = random_heads(1)
+    everywhere = torch.tensor([[[-1e6, -1e6, 1e6, 1e6]]])
+    targets = pad_targets([objects(0)])._replace(ignore_boxes=everywhere)
+    zero = torch.tensor(0)
+    losses = RetinaNetLoss(normalizer=normalizer)(outputs_of(logits, deltas), targets, num_pos=zero, num_images=zero)
+    assert {k: v.item() for k, v in losses.items()} == {"loss_cls": 0.0, "loss_box": 0.0}
+
+
 def test_build_loss_hands_over_every_setting() -> None:
     config = Config.model_validate_json(
         """{"loss": {"alpha": null, "gamma": 1.5, "box": "giou", "smooth_l1_beta": 0.5, "box_weight": 2.0,
