@@ -346,11 +346,6 @@ def test_numbers_must_be_finite(text: str, write: Write) -> None:
         ("loss.alpha", "1.5", "less than or equal to 1, got 1.5"),
         ("model.backbone", "resnet51", "'resnet18', .*, got 'resnet51'"),
         ("data.min_size", "abc", "valid integer or a valid array, got 'abc'"),
-        (
-            "model.head",
-            "{norm: gn, channels: 48}",
-            "must be a multiple of 32 with head.norm gn, which makes 32 groups of them, got 48",
-        ),
         ("train.compile", "on", "'auto' or a valid boolean, got 'on'"),
         ("model.anchors.strides", "foo", "valid array or 'grid', got 'foo'"),
         ("train.seed", "9223372036854775808", "less than 9223372036854775808, got 9223372036854775808"),
@@ -546,6 +541,11 @@ def test_relative_paths_become_absolute_and_the_rest_stays(tmp_path: Path, monke
     assert resolved.train.init_from == f"{tmp_path}/last.pt"
     assert resolve_data_paths(resolved) == resolved
     assert resolve_data_paths(Config()) == Config()  # imagenet is no path
+
+
+@pytest.mark.parametrize("text", ["{head: {norm: gn, channels: 48}}", "{head: {norm: gn}, fpn_channels: 48}"])
+def test_group_norm_needs_channels_that_its_groups_divide(text: str, write: Write) -> None:
+    assert "must be a multiple of 32 with head.norm gn" in mistakes(write(f"model: {text}"))
 
 
 def test_what_nobody_says_of_the_model_is_taken_from_another(write: Write) -> None:

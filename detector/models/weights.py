@@ -27,8 +27,8 @@ SUFFIXES = (".pt", ".pth", ".npz", ".safetensors")
 
 # What torch, numpy, zipfile and safetensors were seen to raise on files with random bytes changed or cut off.
 DAMAGE = (
-    OSError, ValueError, TypeError, LookupError, RuntimeError, EOFError, AssertionError, struct.error, zlib.error,
-    zipfile.BadZipFile, safetensors.SafetensorError,
+    OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, AssertionError, struct.error,
+    zlib.error, zipfile.BadZipFile, safetensors.SafetensorError,
 )  # fmt: skip
 
 
