@@ -34,11 +34,14 @@ class RunLog:
     Args:
         output_dir: holds metrics.jsonl and TensorBoard's events.
         start_step: steps already done; records of later ones (of an interrupted run) are dropped.
+        evaluation_due: whether the evaluation after these steps comes (again); a record of it is dropped too.
         total_steps: of the run.
         enabled: False for a silent log.
     """
 
-    def __init__(self, output_dir: Path, *, start_step: int, total_steps: int, enabled: bool = True) -> None:
+    def __init__(
+        self, output_dir: Path, *, start_step: int, total_steps: int, evaluation_due: bool = False, enabled: bool = True
+    ) -> None:
         self.enabled = enabled
         self.console = Console(highlight=False, quiet=not enabled)
         self.console.soft_wrap = not self.console.is_terminal  # lines of a file stay whole
@@ -49,7 +52,8 @@ class RunLog:
             return
         self.path = output_dir / "metrics.jsonl"
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= start_step]
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if _is_past(line, start_step, evaluation_due)]
             temporary = self.path.with_name(f".{self.path.name}.tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             temporary.replace(self.path)
@@ -159,8 +163,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
 
 
-def _step_of(line: str) -> int:
+def _is_past(line: str, start_step: int, evaluation_due: bool) -> bool:
+    """Whether a record is of what a resumed run does not do again."""
     try:
-        return int(json.loads(line)["step"])
+        record = json.loads(line)
+        step = int(record["step"])
     except (json.JSONDecodeError, KeyError, TypeError):  # a line cut off by a crash
-        return 1 << 62
+        return False
+    return step < start_step or (step == start_step and not (evaluation_due and "split" in record))

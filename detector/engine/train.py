@@ -75,7 +75,10 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
     )
     total_steps = config.train.epochs * planner.steps_per_epoch
     start_step = state.step if state is not None else 0
-    log = RunLog(output_dir, start_step=start_step, total_steps=total_steps, enabled=is_main)
+    evaluation_due = state is not None and state.evaluation_due
+    log = RunLog(
+        output_dir, start_step=start_step, total_steps=total_steps, evaluation_due=evaluation_due, enabled=is_main
+    )
     try:
         run = Run(config, output_dir, device, state, train_set, log)
         others = [dataset for dataset in (val_set, test_set) if dataset is not None]
@@ -104,7 +107,7 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
         with _stop_on_signal() as stop:
             batches = iter(loader)
             # where the evaluation of a finished epoch is due, that epoch comes again, with no step left to do
-            start_epoch = start_step // planner.steps_per_epoch - int(run.state.evaluation_due)
+            start_epoch = start_step // planner.steps_per_epoch - int(evaluation_due)
             for epoch in range(start_epoch, config.train.epochs):
                 train_one_epoch(run, batches, sampler, epoch, stop)
                 last = epoch + 1 == config.train.epochs

@@ -20,7 +20,6 @@ from detector.engine import run as run_module
 from detector.engine import train as train_module
 from detector.engine.checkpoint import CheckpointError, save_checkpoint
 from detector.engine.errors import Interrupted, RunError
-from detector.engine.evaluate import evaluate_model
 from detector.engine.logger import RunLog
 from detector.engine.train import train
 from tests.engine.conftest import EVERYTHING_ON, Run
@@ -110,23 +109,30 @@ def test_a_run_that_crashed_goes_on_bit_equal_from_its_last_checkpoint(
     assert_same_end(tmp_path, whole.out)
 
 
+@pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("evaluation", [1, 2])
 def test_a_run_that_crashed_while_it_evaluated_evaluates_again(
-    evaluation: int, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluation: int, after: bool, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a checkpoint at every step, of which the epoch's last must not leave out the evaluation that follows."""
+    """Or just after, when its record was written already but no checkpoint.
+
+    With a checkpoint at every step, of which the epoch's last must not leave out the evaluation that follows."""
     config = changed(whole, tmp_path, train__checkpoint_every_steps=1)
     count = 0
 
-    def crash(*arguments: Any, **named: Any) -> Any:
+    evaluate = run_module.Run.evaluate
+
+    def crash(*arguments: Any) -> None:
         nonlocal count
         count += 1
+        if count == evaluation and not after:
+            raise Crash
+        evaluate(*arguments)
         if count == evaluation:
             raise Crash
-        return evaluate_model(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "evaluate_model", crash)
+        patch.setattr(run_module.Run, "evaluate", crash)
         with pytest.raises(Crash):
             train(config, tmp_path / "run")
     train(config, tmp_path / "run", resume="auto")
