@@ -279,9 +279,15 @@ def transfer(
         anchor_note = "the other anchors differ from the source's and start fresh"
     rows.append(TransferRow("anchors of a cell", len(anchor_pairs), num_anchors, anchor_note))
     known = {k: source_classes.names[s] for k, s in class_pairs} if anchor_pairs else {}
-    same = ", ".join(f"{classes.names[k]} <- {name}" for k, name in known.items())
-    unknown = ", ".join(name for k, name in enumerate(classes.names) if k not in known)
-    note = "; ".join([same] * bool(same) + [f"new, start from the prior: {unknown}"] * bool(unknown))
+    same = [name for k, name in known.items() if name == classes.names[k]]
+    respelt = [f"{classes.names[k]} <- {name}" for k, name in known.items() if name != classes.names[k]]
+    unknown = [name for k, name in enumerate(classes.names) if k not in known]
+    notes = [f"of the same name: {_short(same, 12)}"] if same else []
+    notes += (
+        [f"under another spelling: {', '.join(respelt)}"] if respelt else []
+    )  # all: a wrong pair is seen nowhere else
+    notes += [f"new, start from the prior: {_short(unknown, 12)}"] if unknown else []
+    note = "; ".join(notes)
     rows.append(TransferRow("classes", len(known), len(classes), note))
     model.load_state_dict(updates, strict=False)
     unfilled = {key.removeprefix("backbone.") for key in own if key.startswith("backbone.") and key not in updates}

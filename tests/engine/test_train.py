@@ -301,7 +301,7 @@ def test_fine_tuning_takes_over_what_means_the_same_and_says_so(
     for label, name in enumerate(classes):
         expected = theirs[:, shared[name]] if name in shared else prior
         assert torch.allclose(bias[:, label], expected, atol=1e-6), name
-    assert (("disc <- disc" in table) and ("Bar <- bar" in table)) == ("disc" in classes)
+    assert (("of the same name: disc" in table) and ("Bar <- bar" in table)) == ("disc" in classes)
     assert "new, start from the prior" in table
 
 
