@@ -626,6 +626,16 @@ def test_exif_is_decided_by_what_the_sizes_in_the_file_say(
         assert decode_image(data.path(i), apply_exif=data.apply_exif).shape[:2] == tuple(data.sizes[i])
 
 
+def test_orientations_that_nothing_decides_are_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = turned(tmp_path, [6, 6], [(20, 30), (30, 20)])
+    data = read_coco(*files, on_error="skip", progress=True)
+    assert (data.apply_exif, data.overrides_exif) == (False, True)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "warning:" in told
+    assert "set data.exif to apply or ignore" in told
+    assert not read_coco(*files, on_error="skip", exif="apply", progress=False).overrides_exif
+
+
 def test_exif_can_be_forced_either_way(tmp_path: Path) -> None:
     files = turned(tmp_path, [6, 6, 1], [(20, 30), (20, 30), (30, 20)])
     assert len(read_coco(*files, exif="apply", progress=False)) == 3
