@@ -1,14 +1,16 @@
-"""Fetch a public dataset into the data folder, or convert Pascal VOC annotations to COCO.
+"""Fetch a public dataset into the data folder, convert Pascal VOC annotations to COCO, or divide a COCO file.
 
     python tools/get_data.py bccd                              364 blood-cell images, 8 MB
     python tools/get_data.py coco2017 --parts val,annotations  COCO 2017; all parts need 42 GB while unpacking
     python tools/get_data.py voc --images DIR --annotations DIR --list FILE --output F.json
+    python tools/get_data.py split F.json --val 0.2            train.json and val.json beside it
 
 Run it again after any interruption: it goes on where it stopped.
 """
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detector.datasets.download import DataError, nearest
 from detector.datasets.public import COCO2017, get_bccd, get_coco2017
+from detector.datasets.split import split_file
 from detector.datasets.voc import VocResult, convert_voc
 
-COMMANDS = ("bccd", "coco2017", "voc")
+COMMANDS = ("bccd", "coco2017", "voc", "split")
 SHOWN_PROBLEMS = 20
 
 
@@ -56,6 +59,8 @@ def run(argv: list[str]) -> None:
         get_bccd(args.root, keep_archives=args.keep_archives)
     elif args.dataset == "coco2017":
         get_coco2017(args.root, parts=args.parts.split(","), keep_archives=args.keep_archives)
+    elif args.dataset == "split":
+        split(args)
     else:
         categories = None if args.categories is None else args.categories.split(",")
         try:
@@ -65,6 +70,23 @@ def run(argv: list[str]) -> None:
         except ValueError as error:
             raise DataError(str(error), exit_code=2) from error
         report(result, args.output)
+
+
+def split(args: argparse.Namespace) -> None:
+    """Divide a COCO file and print what the parts hold."""
+    fractions = {"val": args.val} | ({"test": args.test} if args.test is not None else {})
+    output_dir = args.output_dir or args.annotations.parent
+    try:
+        parts = split_file(args.annotations, fractions, output_dir=output_dir, seed=args.seed)
+    except ValueError as error:  # DatasetError is one
+        raise DataError(str(error), exit_code=2) from error
+    for name, part in parts.items():
+        counts = Counter(a.get("category_id") for a in part["annotations"] if isinstance(a, dict))
+        named = {
+            c["name"]: counts[c["id"]] for c in part["categories"] if isinstance(c, dict) and {"id", "name"} <= c.keys()
+        }
+        classes = ", ".join(f"{title} {count}" for title, count in sorted(named.items(), key=lambda item: -item[1]))
+        print(f"{output_dir / name}.json: {len(part['images'])} images, {len(part['annotations'])} objects ({classes})")
 
 
 def report(result: VocResult, output: Path) -> None:
@@ -107,6 +129,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help=f"COCO JSON to write; more than {SHOWN_PROBLEMS} problems are listed in F.problems.txt beside it",
     )
     voc.add_argument("--categories", metavar="A,B", help="names in id order (default: those found, sorted)")
+    division = commands.add_parser("split")
+    division.add_argument("annotations", type=Path, metavar="F.json", help="COCO JSON")
+    division.add_argument("--val", type=float, default=0.2, help="share of the images (default: %(default)s)")
+    division.add_argument("--test", type=float, help="share of the images (default: none)")
+    division.add_argument("--seed", type=int, default=0, help="another one divides otherwise (default: 0)")
+    division.add_argument("--output-dir", type=Path, metavar="D", help="default: the folder of F.json")
     return parser.parse_args(argv)
 
 

@@ -518,7 +518,7 @@ def test_no_network_says_the_address_and_where_to_put_the_file(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["coco2071"], "dataset must be one of bccd, coco2017, voc, got 'coco2071'; did you mean coco2017?"),
+        (["coco2071"], "dataset must be one of bccd, coco2017, voc, split, got 'coco2071'; did you mean coco2017?"),
         (["coco2017", "--parts", "vall,test"], "got 'vall'; did you mean val?; part must be one of train"),
         (["coco2017", "--parts", ""], "part must be one of train, val, annotations, got ''"),
         (["bccd", "--rot", "x"], "unrecognized arguments: --rot x"),
