@@ -176,7 +176,8 @@ class Run:
 
         started = time.monotonic()
         distributed.same_buffers(self.model)
-        distributed.same_buffers(self.evaluated_model)
+        if self.ema is not None:
+            distributed.same_buffers(self.ema.model)
         metrics, results = evaluate_model(
             self.evaluated_model, val_set, self.config, device=self.device, progress=progress
         )

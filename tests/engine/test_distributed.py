@@ -17,8 +17,12 @@ from torch import Tensor
 from torchvision.models import resnet18
 
 from detector.config import load_config
+from detector.datasets.coco import read_coco
+from detector.datasets.loader import DetectionDataset, collate
+from detector.datasets.sampling import SampleKey
 from detector.engine.score import score_checkpoint
 from detector.engine.train import train
+from detector.losses import build_loss
 from detector.models import build_model
 from detector.models.weights import load_backbone_weights
 from tests.tiny import (
@@ -120,6 +124,33 @@ def test_two_processes_give_the_same_weights_as_one_after_20_steps(
     assert [r["num_pos"] for r in one] == [r["num_pos"] for r in two]
     assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-3), "the log shows the whole step"
     assert [r["grad_norm"] for r in one] == pytest.approx([r["grad_norm"] for r in two], rel=1e-3)
+
+
+def test_gradients_of_the_parts_of_a_batch_add_up_to_those_of_the_whole(many: TinyData, tmp_path: Path) -> None:
+    """What accumulation and processes rest on; in double precision, where rounding hides nothing."""
+    config = load_config(one_epoch(tmp_path, many))
+    coco = read_coco(many.train, images_of(many.train), verify="none", progress=False)
+    dataset = DetectionDataset(coco, max_size=96)
+    samples = [dataset[SampleKey(0, index, 64, (96, 96))] for index in range(17, 21)]  # the third has no objects
+    torch.manual_seed(0)
+    model, loss = build_model(config.model, 3).double(), build_loss(config)
+
+    def gradients(size: int) -> dict[str, Tensor]:
+        batches = [collate(samples[start : start + size]) for start in range(0, 4, size)]
+        matches = [loss.match(model.anchors_of(batch.images), batch.targets) for batch in batches]
+        num_pos = torch.stack([m.num_pos.sum() for m in matches]).sum()
+        model.zero_grad()
+        for batch, matched in zip(batches, matches, strict=True):
+            images = model.normalize(batch.images, batch.image_sizes).double()
+            parts = loss(model.forward_normalized(images), batch.targets, matches=matched, num_pos=num_pos)
+            (parts["loss_cls"] + parts["loss_box"]).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    whole = gradients(4)
+    for size in (2, 1):
+        for name, gradient in gradients(size).items():
+            error = float((gradient - whole[name]).abs().max() / whole[name].abs().max())
+            assert error < 1e-10, f"parts of {size}, {name}: {error}"
 
 
 @pytest.mark.parametrize(
