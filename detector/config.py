@@ -27,7 +27,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Five = Annotated[tuple[Positive, ...], Field(min_length=5, max_length=5)]
 
-Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d"]
+Backbone = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d",
+]  # fmt: skip
 Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
 
 
@@ -48,6 +51,7 @@ class HeadConfig(Section):
     norm: Literal["none", "gn"] = (
         "none"  # after each convolution; gn: GroupNorm of 32 groups, convolutions without bias
     )
+    bias_before_norm: bool = False  # the convolutions keep their bias although gn has one (detectron2)
     prior_prob: Annotated[float, Field(gt=0, lt=1)] = 0.01  # score of every anchor before training (section 4.1)
 
 
@@ -90,13 +94,21 @@ class ModelConfig(Section):
     trainable_layers: Annotated[int, Field(ge=0, le=5)] | None = None
     norm: Norm = "frozen_bn"  # of the backbone. frozen_bn: batch norm with the statistics that came with the weights
     norm_eps: NonNegative = 1e-5  # added to the variance; 0 in torchvision's first RetinaNet weights
+    # Which convolution of a bottleneck halves the resolution: the 3x3 (torchvision), or the first 1x1 (He et al. 2016 as
+    # published; the ResNets of detectron2 and mmdetection's caffe style).
+    stride_in: Literal["3x3", "1x1"] = "3x3"
     fpn_channels: PositiveInt = 256
     p6_from: Literal["c5", "p5"] = "c5"
     relu_before_p7: bool = True
     head: HeadConfig = HeadConfig()
     anchors: AnchorConfig = AnchorConfig()
-    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB 0..255; ImageNet's
+    channel_order: Literal["rgb", "bgr"] = "rgb"  # of what the first convolution sees, and of the next two
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # of values 0..255; ImageNet's
     pixel_std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)
+    # How pictures get their size. area: by areas where they shrink, bilinear where they grow (no aliasing, 8 bit). The others
+    # are how imported networks saw theirs: float_bilinear torchvision's, pil_bilinear detectron2's, cv2_bilinear
+    # mmdetection's.
+    resize: Literal["area", "float_bilinear", "pil_bilinear", "cv2_bilinear"] = "area"
     # multiple_128: height and width padded to multiples of 128, the stride of P7, so that every level's grid is exact
     # and a run sees few shapes. batch_max_32: to the largest of the batch, rounded up to 32 (torchvision, detectron2,
     # mmdetection; less waste on small images).
@@ -186,6 +198,9 @@ class PostprocessConfig(Section):
     topk_candidates: PositiveInt = 1000  # per level, before non-maximum suppression
     nms_thresh: Fraction = 0.5
     detections_per_img: PositiveInt = 100
+    # Boxes are cut off at the picture's border before suppression (torchvision, mmdetection) or after it (detectron2).
+    clip: Literal["before_nms", "after_nms"] = "before_nms"
+    drop_empty: bool = False  # boxes of which nothing lies in the picture (detectron2 and mmdetection drop them)
 
 
 class SplitConfig(Section):
@@ -357,6 +372,18 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     return _validate(tree)
 
 
+def with_overrides(config: Config, overrides: Iterable[str]) -> Config:
+    """The same config after `key=value` overrides.
+
+    Raises:
+        ConfigError: every mistake found, together.
+    """
+    tree = _Tree(json.loads(config.model_dump_json()), {})
+    for override in overrides:
+        _apply_override(tree, override)
+    return _validate(tree)
+
+
 def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
     """Validate settings that were stored in a checkpoint.
 
@@ -384,16 +411,18 @@ def resolve_data_paths(config: Config) -> Config:
     return config.model_copy(update={"data": data, "model": model, "train": train})
 
 
-def with_model_of(config: Config, model: ModelConfig) -> Config:
-    """The same config, but each setting of the model that nobody wrote down is another model's (a checkpoint's).
+def with_model_of(config: Config, checkpoint: Config) -> Config:
+    """The same config, but what nobody wrote down of the model and its post-processing is a checkpoint's.
 
-    So a config that only names data and training fine-tunes, or scores, a network of any build.
+    So a config that only names data and training fine-tunes, or scores, a network of any build as it is meant.
 
     Raises:
         ConfigError: what is written down and the rest do not go together.
     """
     own = {key: getattr(config.model, key) for key in NOT_PART_OF_THE_MODEL}
-    filled = config.model_copy(update={"model": _filled(config.model, model).model_copy(update=own)})
+    model = _filled(config.model, checkpoint.model).model_copy(update=own)
+    postprocess = _filled(config.postprocess, checkpoint.postprocess)
+    filled = config.model_copy(update={"model": model, "postprocess": postprocess})
     return config_from_dict(json.loads(filled.model_dump_json()), "the config and the checkpoint's model together")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ def postprocess(
     topk_candidates: int = 1000,
     nms_thresh: float = 0.5,
     detections_per_img: int = 100,
+    clip: Literal["before_nms", "after_nms"] = "before_nms",
+    drop_empty: bool = False,
 ) -> list[Detections]:
     """Best candidates per level, decoded, clipped, thinned by non-maximum suppression within each class.
 
@@ -35,6 +38,8 @@ def postprocess(
         topk_candidates: at most so many per image and level, a candidate being an anchor and a class.
         nms_thresh: overlap with a better one of the same class that removes a candidate.
         detections_per_img: at most so many are returned.
+        clip: whether boxes are cut off at the picture's border before or after the suppression.
+        drop_empty: leave out boxes of which nothing lies in the picture (before the suppression, if they are clipped then).
     """
     results = []
     sizes = image_sizes.tolist()
@@ -48,12 +53,26 @@ def postprocess(
             boxes.append(decode(deltas[image, anchor].float(), anchors[anchor]))
             scores.append(score)
             labels.append(entry % logits.shape[-1])
-        box = clip_boxes_to_image(torch.cat(boxes), size)
-        score, label = torch.cat(scores), torch.cat(labels)
-        keep = batched_nms(box, score, label, nms_thresh)[:detections_per_img]
+        found = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
+        if clip == "before_nms":
+            found = _clipped(*found, size, drop_empty)
+        keep = batched_nms(*found, nms_thresh)[:detections_per_img]
+        box, score, label = (x[keep] for x in found)
+        if clip == "after_nms":
+            box, score, label = _clipped(box, score, label, size, drop_empty)
         factors = box.new_tensor([original[1] / size[1], original[0] / size[0]] * 2)
-        results.append(Detections(box[keep] * factors, score[keep], label[keep]))
+        results.append(Detections(box * factors, score, label))
     return results
+
+
+def _clipped(
+    box: Tensor, score: Tensor, label: Tensor, size: tuple[int, int], drop_empty: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    box = clip_boxes_to_image(box, size)
+    if not drop_empty:
+        return box, score, label
+    inside = (box[:, 2:] > box[:, :2]).all(dim=1)
+    return box[inside], score[inside], label[inside]
 
 
 def _best_candidates(logits: Tensor, score_thresh: float, topk: int) -> tuple[Tensor, Tensor]:

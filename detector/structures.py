@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,11 +26,22 @@ class Targets(NamedTuple):
     """(B, R, 4) float32: crowd and ignore regions; zeros (area 0) where padded."""
 
 
+class Unresized(NamedTuple):
+    """What is still to be done to the pictures of a batch; plain numbers, so that a GPU need not be asked for them."""
+
+    sizes: Sequence[tuple[int, int]]
+    """Height and width of each as it is."""
+    resized: Sequence[tuple[int, int]]
+    """Height and width that each is to get."""
+    canvas: tuple[int, int]
+    """Height and width of the padded batch."""
+
+
 class Batch(NamedTuple):
     """A micro-batch as the loader gives it."""
 
     images: Tensor
-    """(B, 3, H, W) uint8 RGB, resized, zero-padded at the right and bottom."""
+    """(B, 3, H, W) uint8 RGB, resized, zero-padded at the right and bottom; float32 where the model's resize is."""
     targets: Targets
     image_ids: Tensor
     """(B,) int64, COCO's ids."""
@@ -40,14 +52,9 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody looks for here
     """(B,) int64, position in the dataset; negative for a filler, which counts for nothing: -1, or -2 - i in place of
     picture i, which could not be read (see datasets.loader)."""
-
-    def to(self, device: torch.device) -> Batch:
-        """Copy to a device; asynchronous where the source is pinned."""
-        return Batch(
-            self.images.to(device, non_blocking=True),
-            Targets(*(t.to(device, non_blocking=True) for t in self.targets)),
-            *(t.to(device, non_blocking=True) for t in self[2:]),
-        )
+    unresized: Unresized | None = None
+    """Where the loader left the resizing of `images` to the device (`datasets.loader.to_device`); all else in the batch is
+    in pixels of the resized images already."""
 
 
 class HeadOutputs(NamedTuple):

@@ -550,25 +550,29 @@ def test_group_norm_needs_channels_that_its_groups_divide(text: str, write: Writ
 
 def test_what_nobody_says_of_the_model_is_taken_from_another(write: Write) -> None:
     theirs = config_from_dict(
-        {"model": {"backbone": "resnet18", "norm": "gn", "head": {"depth": 2, "norm": "gn"}, "fpn_channels": 64}}, "x"
-    ).model
-    assert with_model_of(load_config(write("")), theirs).model == theirs
+        {"model": {"backbone": "resnet18", "norm": "gn", "head": {"depth": 2, "norm": "gn"}, "fpn_channels": 64},
+         "postprocess": {"clip": "after_nms", "nms_thresh": 0.6}}, "x"
+    )  # fmt: skip
+    assert with_model_of(load_config(write("")), theirs).model == theirs.model
+    assert with_model_of(load_config(write("")), theirs).postprocess == theirs.postprocess
     said = load_config(write("model: {fpn_channels: 256, head: {depth: 3}}\ndata: {min_size: 640}"))
     filled = with_model_of(said, theirs)
     assert (filled.model.backbone, filled.model.norm, filled.model.head.norm) == ("resnet18", "gn", "gn")
     assert (filled.model.fpn_channels, filled.model.head.depth) == (256, 3), "also where it is the default that is said"
     assert filled.data == said.data
-    assert with_model_of(filled, Config().model) == filled, "everything is said now"
+    thresh = with_model_of(load_config(write("postprocess: {nms_thresh: 0.5}")), theirs).postprocess
+    assert (thresh.nms_thresh, thresh.clip) == (0.5, "after_nms")
+    assert with_model_of(filled, Config()) == filled, "everything is said now"
 
 
 def test_where_weights_came_from_and_what_was_trained_is_no_part_of_the_model(write: Write) -> None:
     """A network that was trained from scratch has weights now, so layers of it may be frozen."""
-    theirs = config_from_dict({"model": {"backbone_weights": "none", "norm": "bn"}}, "x").model
+    theirs = config_from_dict({"model": {"backbone_weights": "none", "norm": "bn"}}, "x")
     filled = with_model_of(load_config(write("model: {trainable_layers: 2}")), theirs).model
     assert (filled.norm, filled.trainable_layers) == ("bn", 2)
 
 
 def test_what_is_said_and_what_is_taken_must_go_together(write: Write) -> None:
-    theirs = config_from_dict({"model": {"anchors": {"sizes": [[8, 9]] * 5, "octave_scales": [1]}}}, "x").model
+    theirs = config_from_dict({"model": {"anchors": {"sizes": [[8, 9]] * 5, "octave_scales": [1]}}}, "x")
     with pytest.raises(ConfigError, match=r"octave_scales must be \[1.0\]"):
         with_model_of(load_config(write("model: {anchors: {octave_scales: [1, 1.5]}}")), theirs)

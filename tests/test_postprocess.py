@@ -138,3 +138,24 @@ def test_half_precision_outputs_give_fp32_detections() -> None:
 def test_detections_refuse_parts_of_different_lengths() -> None:
     with pytest.raises(ValueError, match=r"must have boxes \(N, 4\), scores \(N,\) and labels \(N,\), got"):
         Detections(torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, dtype=torch.int64))
+
+
+def test_clipping_before_or_after_suppression_can_keep_other_boxes() -> None:
+    """Two boxes that reach far out of the picture: as they are they hardly overlap, what is in the picture is the same."""
+    outputs = single([[0.0, 0.0, 20.0, 100.0], [0.0, 0.0, 100.0, 20.0]], [[2.0], [1.0]])
+    size = torch.tensor([[20, 20]])
+    (before,) = postprocess(outputs, size)
+    (after,) = postprocess(outputs, size, clip="after_nms")
+    assert before.boxes.tolist() == [[0, 0, 20, 20]]
+    assert after.boxes.tolist() == [[0, 0, 20, 20]] * 2
+
+
+@pytest.mark.parametrize("clip", ["before_nms", "after_nms"])
+def test_boxes_outside_of_the_picture_are_dropped_if_told(clip: Any) -> None:
+    outputs = single([[0.0, 0.0, 10.0, 10.0], [30.0, 0.0, 40.0, 10.0], [0.0, -9.0, 9.0, 0.0]], [[1.0], [2.0], [3.0]])
+    size = torch.tensor([[20, 20]])
+    (kept,) = postprocess(outputs, size, clip=clip)
+    assert len(kept) == 3
+    (dropped,) = postprocess(outputs, size, clip=clip, drop_empty=True)
+    assert dropped.boxes.tolist() == [[0, 0, 10, 10]]
+    assert len(dropped.scores) == len(dropped.labels) == 1

@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = find_pictures(arguments.inputs, output_dir=arguments.output_dir)
     device = pick_device(arguments.device)
     predictor = load_predictor(arguments.checkpoint, device=device, score_thresh=arguments.score_thresh)
+    print("\n".join(predictor.origin), end="\n" * bool(predictor.origin), file=sys.stderr)
     make_folder(arguments.output_dir)
     records, unreadable, used = [], [], set()
     for image_id, prediction in enumerate(track(predict_files(predictor, paths), "predicting", total=len(paths))):

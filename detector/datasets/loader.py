@@ -20,8 +20,16 @@ from detector.datasets.augment import Augmentation
 from detector.datasets.coco import CocoDataset, Objects
 from detector.datasets.images import ImageError, decode_image
 from detector.datasets.sampling import SampleKey
-from detector.datasets.transforms import fit_inside, mirror, resize, resized_size, scale_objects
-from detector.structures import Batch, Targets
+from detector.datasets.transforms import (
+    Resize,
+    fit_inside,
+    mirror,
+    resize_batch,
+    resize_picture,
+    resized_size,
+    scale_objects,
+)
+from detector.structures import Batch, Targets, Unresized
 
 EVERYWHERE = np.array([[-1e6, -1e6, 1e6, 1e6]], dtype=np.float32)
 """An ignore box that takes in every anchor: its picture teaches nothing."""
@@ -30,9 +38,11 @@ EMPTY = Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros((0
 
 
 class Sample(NamedTuple):
-    """One picture, ready but for padding."""
+    """One picture, ready but for padding (and, where `size` is not the image's, for resizing)."""
 
     image: NDArray[np.uint8]  # (h, w, 3) RGB
+    size: tuple[int, int]
+    """Height and width for the network; `objects` are in its pixels."""
     objects: Objects
     image_id: int
     original_size: tuple[int, int]
@@ -45,6 +55,7 @@ class DetectionDataset(Dataset[Sample]):
     Args:
         coco: the annotations.
         max_size: bound of the long side in pixels.
+        resize: how pictures get their size; "float_bilinear" leaves it to the device.
         hflip: chance of mirroring.
         augmentation: applied to the picture as read, before resizing; None in evaluation.
         seed: of the run.
@@ -56,6 +67,7 @@ class DetectionDataset(Dataset[Sample]):
         coco: CocoDataset,
         *,
         max_size: int,
+        resize: Resize = "area",
         hflip: float = 0.0,
         augmentation: Augmentation | None = None,
         seed: int = 0,
@@ -63,6 +75,7 @@ class DetectionDataset(Dataset[Sample]):
     ) -> None:
         self.coco = coco
         self.max_size = max_size
+        self.resize: Resize = resize
         self.hflip = hflip
         self.augmentation = augmentation
         self.seed = seed
@@ -90,17 +103,20 @@ class DetectionDataset(Dataset[Sample]):
         if self.augmentation is not None:
             image, objects = self.augmentation(image, objects, seed=seed, name=str(self.coco.path(key.index)))
         before = (image.shape[0], image.shape[1])
-        size = fit_inside(resized_size(before, min_size=key.min_size, max_size=self.max_size), key.canvas)
-        image, objects = resize(image, size), scale_objects(objects, before, size)
+        size = resized_size(before, min_size=key.min_size, max_size=self.max_size, resize=self.resize)
+        size = fit_inside(size, key.canvas)
+        objects = scale_objects(objects, before, size)
+        if self.resize != "float_bilinear":
+            image = resize_picture(image, size, self.resize)
         # its own stream (the trailing 1), so that mirroring is independent of the augmentation's draws
         if self.hflip and np.random.default_rng([*seed, 1]).random() < self.hflip:
-            image, objects = mirror(image, objects)
-        return Sample(image, objects, int(self.coco.image_ids[key.index]), original_size, key)
+            image, objects = mirror(image, objects, width=size[1])
+        return Sample(image, size, objects, int(self.coco.image_ids[key.index]), original_size, key)
 
 
 def _filler(key: SampleKey, *, index: int) -> Sample:
     pixel = np.zeros((1, 1, 3), np.uint8)
-    return Sample(pixel, EMPTY._replace(ignore_boxes=EVERYWHERE), -1, (1, 1), key._replace(index=index))
+    return Sample(pixel, (1, 1), EMPTY._replace(ignore_boxes=EVERYWHERE), -1, (1, 1), key._replace(index=index))
 
 
 def unreadable(index: int) -> int:
@@ -110,9 +126,14 @@ def unreadable(index: int) -> int:
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Pad samples of one step into a batch."""
-    height, width = samples[0].key.canvas
+    canvas = samples[0].key.canvas
+    sizes = [(s.image.shape[0], s.image.shape[1]) for s in samples]
+    unresized = None
+    if any(s.size != size for s, size in zip(samples, sizes, strict=True)):
+        unresized = Unresized(sizes, [s.size for s in samples], canvas)
+        canvas = (max(h for h, _ in sizes), max(w for _, w in sizes))
     # channels last in memory, as the pictures come and as the network wants them
-    images = np.zeros((len(samples), height, width, 3), np.uint8)
+    images = np.zeros((len(samples), *canvas, 3), np.uint8)
     for image, sample in zip(images, samples, strict=True):
         image[: sample.image.shape[0], : sample.image.shape[1]] = sample.image
     objects = [sample.objects for sample in samples]
@@ -125,9 +146,23 @@ def collate(samples: Sequence[Sample]) -> Batch:
         images=torch.from_numpy(images).permute(0, 3, 1, 2),
         targets=targets,
         image_ids=torch.tensor([s.image_id for s in samples]),
-        image_sizes=torch.tensor([s.image.shape[:2] for s in samples]),
+        image_sizes=torch.tensor([s.size for s in samples]),
         original_sizes=torch.tensor([s.original_size for s in samples]),
         index=torch.tensor([s.key.index for s in samples]),
+        unresized=unresized,
+    )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch to a device, asynchronously where it is pinned, and do there what the loader left undone."""
+    images = batch.images.to(device, non_blocking=True)
+    return Batch(
+        resize_batch(images, batch.unresized) if batch.unresized is not None else images,
+        Targets(*(t.to(device, non_blocking=True) for t in batch.targets)),
+        image_ids=batch.image_ids.to(device, non_blocking=True),
+        image_sizes=batch.image_sizes.to(device, non_blocking=True),
+        original_sizes=batch.original_sizes.to(device, non_blocking=True),
+        index=batch.index.to(device, non_blocking=True),
     )
 
 

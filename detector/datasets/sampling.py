@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from detector.datasets.transforms import Pad, padded_size, resized_size
+from detector.datasets.transforms import Pad, Resize, padded_size, resized_size
 
 
 class SampleKey(NamedTuple):
@@ -35,6 +35,7 @@ class StepPlanner:
         min_sizes: short sides, one of which is drawn for each step.
         max_size: bound of the long side.
         pad: how the canvas is rounded.
+        resize: how pictures get their size.
         aspect_ratio_grouping: whether steps are all landscape or all portrait (as far as the numbers allow).
         seed: of the run.
     """
@@ -49,12 +50,14 @@ class StepPlanner:
         pad: Pad,
         aspect_ratio_grouping: bool,
         seed: int,
+        resize: Resize = "area",
     ) -> None:
         self.sizes = sizes
         self.batch_size = batch_size
         self.min_sizes = tuple(min_sizes)
         self.max_size = max_size
         self.pad: Pad = pad
+        self.resize: Resize = resize
         self.portrait = (sizes[:, 0] > sizes[:, 1]) if aspect_ratio_grouping else np.zeros(len(sizes), dtype=bool)
         self.seed = seed
         self.steps_per_epoch = -(-len(sizes) // batch_size)
@@ -78,7 +81,8 @@ class StepPlanner:
         rng = np.random.default_rng([self.seed, epoch, step])
         min_size = int(rng.choice(self.min_sizes))
         resized = [
-            resized_size((int(h), int(w)), min_size=min_size, max_size=self.max_size) for h, w in self.sizes[indices]
+            resized_size((int(h), int(w)), min_size=min_size, max_size=self.max_size, resize=self.resize)
+            for h, w in self.sizes[indices]
         ]
         canvas = padded_size((max(h for h, _ in resized), max(w for _, w in resized)), self.pad)
         return [SampleKey(epoch, int(index), min_size, canvas) for index in indices]
@@ -136,7 +140,7 @@ class TrainSampler(Sampler[list[SampleKey]]):
 
 
 def eval_batches(
-    sizes: NDArray[np.integer], batch_size: int, *, min_size: int, max_size: int, pad: Pad
+    sizes: NDArray[np.integer], batch_size: int, *, min_size: int, max_size: int, pad: Pad, resize: Resize = "area"
 ) -> list[list[SampleKey]]:
     """All images, in batches of equal padded shape.
 
@@ -145,7 +149,8 @@ def eval_batches(
     """
     by_canvas: dict[tuple[int, int], list[SampleKey]] = {}
     for index, (height, width) in enumerate(sizes):
-        canvas = padded_size(resized_size((int(height), int(width)), min_size=min_size, max_size=max_size), pad)
+        size = resized_size((int(height), int(width)), min_size=min_size, max_size=max_size, resize=resize)
+        canvas = padded_size(size, pad)
         by_canvas.setdefault(canvas, []).append(SampleKey(0, index, min_size, canvas))
     return [
         keys[start : start + batch_size]

@@ -7,17 +7,28 @@ from typing import Literal
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
 from detector.datasets.coco import Objects
+from detector.structures import Unresized
 
 Pad = Literal["multiple_128", "batch_max_32"]
+Resize = Literal["area", "float_bilinear", "pil_bilinear", "cv2_bilinear"]
 
 
-def resized_size(size: tuple[int, int], *, min_size: int, max_size: int) -> tuple[int, int]:
-    """Height and width after scaling the short side to `min_size`, but the long side at most to `max_size`."""
+def resized_size(size: tuple[int, int], *, min_size: int, max_size: int, resize: Resize = "area") -> tuple[int, int]:
+    """Height and width after scaling the short side to `min_size`, but the long side at most to `max_size`.
+
+    Rounded to the nearest pixel; down where the resize is float_bilinear (torchvision's rule).
+    """
     height, width = size
     scale = min(min_size / min(height, width), max_size / max(height, width))
+    if resize == "float_bilinear":
+        return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
     return _scaled(size, scale)
 
 
@@ -38,14 +49,29 @@ def padded_size(size: tuple[int, int], pad: Pad) -> tuple[int, int]:
     return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
 
 
-def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """(H, W, 3) to `size`: by areas where it shrinks (no aliasing), bilinear where it grows."""
+def resize_picture(image: NDArray[np.uint8], size: tuple[int, int], resize: Resize) -> NDArray[np.uint8]:
+    """(H, W, 3) to `size`, in 8 bits: by areas where it shrinks (no aliasing) and bilinear where it grows ("area"), or as
+    detectron2 ("pil_bilinear", without aliasing either) or mmdetection does ("cv2_bilinear"). See `resize_batch` for
+    "float_bilinear"."""
     if image.shape[:2] == size:
         return image
+    if resize == "pil_bilinear":
+        return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
     shrinks = size[0] * size[1] < image.shape[0] * image.shape[1]
-    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    interpolation = cv2.INTER_AREA if shrinks and resize == "area" else cv2.INTER_LINEAR
     resized: NDArray[np.uint8] = cv2.resize(image, (size[1], size[0]), interpolation=interpolation)
     return resized
+
+
+def resize_batch(images: Tensor, unresized: Unresized) -> Tensor:
+    """(B, 3, h, w) uint8 pictures of several sizes to the (B, 3, H, W) float32 batch that torchvision would make of them:
+    bilinear in floating point, without anti-aliasing. (It normalises before; that makes no difference but of rounding.)"""
+    out = images.new_zeros((len(images), 3, *unresized.canvas), dtype=torch.float32)
+    out = out.contiguous(memory_format=torch.channels_last)
+    for i, ((h, w), (new_h, new_w)) in enumerate(zip(unresized.sizes, unresized.resized, strict=True)):
+        picture = images[i : i + 1, :, :h, :w].float()
+        out[i, :, :new_h, :new_w] = F.interpolate(picture, (new_h, new_w), mode="bilinear", align_corners=False)[0]
+    return out
 
 
 def scale_objects(objects: Objects, old: tuple[int, int], new: tuple[int, int]) -> Objects:
@@ -54,9 +80,8 @@ def scale_objects(objects: Objects, old: tuple[int, int], new: tuple[int, int]) 
     return Objects(objects.boxes * factors, objects.labels, objects.ignore_boxes * factors)
 
 
-def mirror(image: NDArray[np.uint8], objects: Objects) -> tuple[NDArray[np.uint8], Objects]:
-    """Left becomes right."""
-    width = image.shape[1]
+def mirror(image: NDArray[np.uint8], objects: Objects, *, width: int) -> tuple[NDArray[np.uint8], Objects]:
+    """Left becomes right. `width`: of the picture in the pixels that the objects are in."""
 
     def flip(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,8 @@ from torch import Tensor
 from detector.config import Config, config_from_dict, flatten, with_model_of
 from detector.datasets.coco import CocoDataset
 from detector.engine.errors import RunError
-from detector.models.weights import DAMAGE
+from detector.models.foreign import Said, import_detector, is_foreign
+from detector.models.reading import WeightsError, read_content
 from detector.structures import Categories
 
 FORMAT = 1
@@ -62,6 +61,8 @@ class TrainState:
     """Whether an epoch was finished but not yet evaluated."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of what decides the numbers: torch, torchvision, threads, device."""
+    origin: list[str] = field(default_factory=list)
+    """Of imported weights: whose they are, and what was assumed about them."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -96,10 +97,11 @@ def save_checkpoint(state: TrainState, path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> TrainState:
-    """Read a checkpoint into main memory; nothing in the file is ever run.
+    """Read a checkpoint into main memory, ours or another program's RetinaNet; nothing in the file is ever run.
 
     Raises:
-        CheckpointError: missing, broken, or not one of ours.
+        CheckpointError: missing, broken, or no detector.
+        WeightsError: another program's that cannot be taken over.
     """
     if not path.is_file():
         near = sorted(path.parent.glob("**/*.pt"))[:3] if path.parent.is_dir() else []
@@ -107,15 +109,15 @@ def load_checkpoint(path: Path) -> TrainState:
         raise CheckpointError(f"checkpoint {path} does not exist{hint}")
     try:
         # mapped, so that reading a large file for its config costs nothing
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, *DAMAGE) as error:
-        first_line = next(iter(str(error).splitlines()), "it ends too early")
-        raise CheckpointError(
-            f"checkpoint {path} cannot be read ({first_line:.200}); it is damaged or no checkpoint of ours"
-        ) from None
+        content = read_content(path, mmap=True)
+    except WeightsError as error:
+        raise CheckpointError(str(error).replace("weights file", "checkpoint", 1)) from None
+    if is_foreign(content):
+        return import_checkpoint(path, content)
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} must be a checkpoint written by tools/train.py (format {FORMAT}), got "
+            f"{path} must be a checkpoint written by tools/train.py (format {FORMAT}), or a RetinaNet of torchvision, "
+            "detectron2 or mmdetection, got "
             f"{'format ' + str(content.get('format')) if isinstance(content, Mapping) else type(content).__name__}"
         )
     try:
@@ -125,6 +127,28 @@ def load_checkpoint(path: Path) -> TrainState:
         return TrainState(config=config, categories=categories, **rest)
     except (KeyError, TypeError, ValueError) as error:  # ConfigError and JSONDecodeError are ValueErrors
         raise CheckpointError(f"checkpoint {path} is of another version of this program: {error}") from None
+
+
+def import_checkpoint(path: Path, content: Any = None, said: Said | None = None) -> TrainState:
+    """Another program's RetinaNet as if it were a checkpoint of ours.
+
+    Args:
+        path: of the file.
+        content: of the file, if it was read already.
+        said: about it.
+
+    Raises:
+        WeightsError: it cannot be taken over.
+    """
+    imported = import_detector(path, content, said)
+    settings = {"model": imported.model.model_dump(), "postprocess": imported.postprocess.model_dump()}
+    return TrainState(
+        config=config_from_dict(json.loads(json.dumps(settings)), str(path)),
+        categories=imported.categories,
+        model=imported.weights,
+        step=0,
+        origin=[f"weights of {imported.source}'s RetinaNet from {path.name}", *imported.notes],
+    )
 
 
 def state_to_resume(config: Config, output_dir: Path, resume: str | None) -> TrainState | None:
@@ -152,7 +176,7 @@ def state_to_resume(config: Config, output_dir: Path, resume: str | None) -> Tra
     state = load_checkpoint(path)
     if state.optimizer is None:
         raise CheckpointError(f"{path} holds weights only and cannot be resumed; use --init-from {path}")
-    config = with_model_of(config, state.config.model)
+    config = with_model_of(config, state.config)
     then, now = flatten(state.config.model_dump()), flatten(config.model_dump())
     keys = {**now, **then}  # of both: a section that is null on one side has its keys on the other only
     different = [k for k in keys if then.get(k) != now.get(k) and not k.startswith(MAY_CHANGE_ON_RESUME)]

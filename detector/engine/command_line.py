@@ -13,7 +13,7 @@ from detector.datasets.images import ImageError
 from detector.engine.checkpoint import CheckpointError
 from detector.engine.errors import Interrupted, RunError
 from detector.engine.predict import InputError
-from detector.models.weights import WeightsError
+from detector.models.reading import WeightsError
 
 USER_ERRORS = (ConfigError, DatasetError, ImageError, ResultsError, CheckpointError, WeightsError, RunError, InputError)
 

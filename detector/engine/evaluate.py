@@ -16,7 +16,7 @@ from detector.coco_eval import CocoResults, Metrics, detections_to_results, eval
 from detector.config import Config
 from detector.datasets.coco import CocoDataset, DatasetError
 from detector.datasets.images import ImageError, decode_image
-from detector.datasets.loader import DetectionDataset, build_loader, unreadable
+from detector.datasets.loader import DetectionDataset, build_loader, to_device, unreadable
 from detector.datasets.sampling import SampleKey, eval_batches
 from detector.engine import distributed
 from detector.engine.optim import resolve_precision
@@ -73,7 +73,12 @@ def detect(
     """What the model finds in a dataset (or in some of its images), in COCO's terms, sorted by image; and the positions
     of images that could not be read."""
     batches = _batches(coco, config, indices)[distributed.rank() :: distributed.world_size()]
-    dataset = DetectionDataset(coco, max_size=config.data.max_size, skip_unreadable=config.data.on_error == "skip")
+    dataset = DetectionDataset(
+        coco,
+        max_size=config.data.max_size,
+        resize=config.model.resize,
+        skip_unreadable=config.data.on_error == "skip",
+    )
     workers = min(config.data.num_workers, len(batches))
     loader = build_loader(dataset, batches, num_workers=workers, pin_memory=device.type == "cuda")
     precision = resolve_precision(config.eval.precision, device)
@@ -85,7 +90,7 @@ def detect(
     # Every picture is padded as if it were alone: far too many shapes to compile the network for.
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         for batch in loader:
-            on_device = batch.to(device)
+            on_device = to_device(batch, device)
             with autocast(precision, device):
                 outputs = model(on_device.images, on_device.image_sizes)
             detections = postprocess(
@@ -110,7 +115,12 @@ def detect(
 def _batches(coco: CocoDataset, config: Config, indices: Sequence[int] | None = None) -> list[list[SampleKey]]:
     batch_size = config.eval.batch_size or config.train.micro_batch or config.train.batch_size
     batches = eval_batches(
-        coco.sizes, batch_size, min_size=config.data.eval_size, max_size=config.data.max_size, pad=config.model.pad
+        coco.sizes,
+        batch_size,
+        min_size=config.data.eval_size,
+        max_size=config.data.max_size,
+        pad=config.model.pad,
+        resize=config.model.resize,
     )
     if indices is None:
         return batches
@@ -161,12 +171,13 @@ def round_trip(model: RetinaNet, match: Callable[[Tensor, Targets], Matches], co
 
     Non-maximum suppression is set to remove nothing, because real objects may overlap as much as they like.
     """
-    dataset = DetectionDataset(coco, max_size=config.data.max_size)
+    dataset = DetectionDataset(coco, max_size=config.data.max_size, resize=config.model.resize)
     settings: dict[str, Any] = {
         "score_thresh": 0.5, "nms_thresh": 1.0, "topk_candidates": 10**6, "detections_per_img": 10**6,
     }  # fmt: skip
     found = []
-    for batch in build_loader(dataset, _batches(coco, config, indices), num_workers=0):
+    for loaded in build_loader(dataset, _batches(coco, config, indices), num_workers=0):
+        batch = to_device(loaded, torch.device("cpu"))
         anchors = model.anchors_of(batch.images)
         outputs = perfect_outputs(anchors, batch.targets, match(anchors, batch.targets), len(coco.categories))
         detections = postprocess(outputs, batch.image_sizes, original_sizes=batch.original_sizes, **settings)

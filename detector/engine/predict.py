@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from detector.boxes import xyxy_to_xywh
 from detector.config import Config
 from detector.datasets.images import ImageError, decode_image
-from detector.datasets.transforms import padded_size, resize, resized_size
+from detector.datasets.loader import EMPTY, Sample, collate, to_device
+from detector.datasets.sampling import SampleKey
+from detector.datasets.transforms import padded_size, resize_picture, resized_size
 from detector.engine.checkpoint import TrainState, load_checkpoint
 from detector.engine.evaluate import autocast
 from detector.engine.optim import resolve_precision
 from detector.models import RetinaNet, build_model
 from detector.postprocess import postprocess
-from detector.structures import Categories, Detections
+from detector.structures import Batch, Categories, Detections, HeadOutputs
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
 """What is picked up from folders; files named one by one may be called anything."""
@@ -43,6 +45,8 @@ class Predictor:
     def __init__(self, state: TrainState, *, device: torch.device, score_thresh: float | None = None) -> None:
         self.config: Config = state.config
         self.categories: Categories = state.categories
+        self.origin = state.origin
+        """Lines about imported weights."""
         self.apply_exif = state.apply_exif and self.config.data.exif != "ignore"
         """Pass it to `decode_image`, so that pictures lie as those of training did."""
         self.device = device
@@ -52,19 +56,26 @@ class Predictor:
             self.settings["score_thresh"] = score_thresh
         self.precision = resolve_precision(self.config.eval.precision, device)
 
-    @torch.inference_mode()
     def __call__(self, image: NDArray[np.uint8]) -> Detections:
         """Objects in one (H, W, 3) uint8 RGB picture, boxes in its pixels."""
-        original = (image.shape[0], image.shape[1])
-        size = resized_size(original, min_size=self.config.data.eval_size, max_size=self.config.data.max_size)
-        canvas = np.zeros((1, *padded_size(size, self.config.model.pad), 3), np.uint8)
-        canvas[0, : size[0], : size[1]] = resize(image, size)
-        batch = torch.from_numpy(canvas).permute(0, 3, 1, 2).to(self.device)
-        sizes = torch.tensor([size], device=self.device)
-        with autocast(self.precision, self.device):
-            outputs = self.model(batch, sizes)
-        (detections,) = postprocess(outputs, sizes, original_sizes=torch.tensor([original]), **self.settings)
+        outputs, batch = self.outputs(image)
+        (detections,) = postprocess(outputs, batch.image_sizes, original_sizes=batch.original_sizes, **self.settings)
         return detections.cpu()
+
+    @torch.inference_mode()
+    def outputs(self, image: NDArray[np.uint8]) -> tuple[HeadOutputs, Batch]:
+        """What the network says about one (H, W, 3) uint8 RGB picture, and the batch that it was made into (its images on
+        the device, all else in main memory)."""
+        data, model = self.config.data, self.config.model
+        original = (image.shape[0], image.shape[1])
+        size = resized_size(original, min_size=data.eval_size, max_size=data.max_size, resize=model.resize)
+        if model.resize != "float_bilinear":
+            image = resize_picture(image, size, model.resize)
+        key = SampleKey(0, 0, data.eval_size, padded_size(size, model.pad))
+        loaded = collate([Sample(image, size, EMPTY, 0, original, key)])
+        batch = to_device(loaded, self.device)
+        with autocast(self.precision, self.device):
+            return self.model(batch.images, batch.image_sizes), loaded._replace(images=batch.images, unresized=None)
 
 
 def model_of(state: TrainState, device: torch.device) -> RetinaNet:

@@ -69,7 +69,12 @@ def coverage_warnings(anchors: AnchorGenerator, coco: CocoDataset, config: Confi
     boxes, images, _ = coco.boxes()
     heights_widths = coco.sizes.astype(np.int64)
     best = torch.zeros(len(boxes))
-    resized = np.array([resized_size((h, w), min_size=size, max_size=config.data.max_size) for h, w in heights_widths])
+    resized = np.array(
+        [
+            resized_size((h, w), min_size=size, max_size=config.data.max_size, resize=config.model.resize)
+            for h, w in heights_widths
+        ]
+    )
     factors = (resized / heights_widths)[images][:, [1, 0, 1, 0]]
     scaled = torch.from_numpy((boxes * factors).astype(np.float32))
     canvases = [padded_size((int(h), int(w)), config.model.pad) for h, w in resized]

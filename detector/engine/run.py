@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detector.coco_eval import CocoResults
-from detector.config import Config, ConfigError
+from detector.config import Config, ConfigError, flatten
 from detector.datasets.coco import CocoDataset
 from detector.datasets.images import ImageError, decode_image
 from detector.datasets.sampling import StepPlanner
@@ -49,6 +49,8 @@ class Run:
         resumed: TrainState | None,
         train_set: CocoDataset,
         log: RunLog,
+        *,
+        source: TrainState | None = None,
     ) -> None:
         self.config, self.output_dir, self.device, self.log = config, output_dir, device, log
         self.precision = resolve_precision(config.train.precision, device)
@@ -57,7 +59,7 @@ class Run:
         torch.manual_seed(config.train.seed)
         self.model = build_model(config.model, len(train_set.categories))
         if resumed is None:
-            self._initialise(train_set)
+            self._initialise(train_set, source)
         self.model.to(device)
         if config.train.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -87,14 +89,16 @@ class Run:
             network.broadcast_buffers = config.model.norm == "bn"  # the argument of this name is deprecated
             self.network = network
 
-    def _initialise(self, train_set: CocoDataset) -> None:
+    def _initialise(self, train_set: CocoDataset, source: TrainState | None) -> None:
         config = self.config
-        if config.train.init_from is None:
+        if source is None:
             report = load_backbone_weights(self.model.backbone, config.model.backbone, config.model.backbone_weights)
             self.log.info(str(report) if report is not None else "backbone: from scratch")
             return
-        source = load_checkpoint(Path(config.train.init_from))
-        _require_same_build(config, source.config, config.train.init_from)
+        for line in source.origin:
+            self.log.info(line)
+        for line in _require_same_build(config, source.config, str(config.train.init_from)):
+            self.log.warn(line)
         rows = transfer(
             self.model,
             source.weights,
@@ -250,15 +254,27 @@ class Run:
         return written
 
 
-def _require_same_build(config: Config, source: Config, path: str) -> None:
-    """Weights mean something only in a network built alike: the same names and shapes elsewhere are accidents."""
-    ours, theirs = config.model, source.model
-    pairs = {
-        "model.backbone": (ours.backbone, theirs.backbone),
-        "model.norm": (ours.norm, theirs.norm) if "gn" in (ours.norm, theirs.norm) else ("", ""),
-        "model.head.norm": (ours.head.norm, theirs.head.norm),
-    }
-    different = [f"  {key}: {a} in the config, {b} in the checkpoint" for key, (a, b) in pairs.items() if a != b]
+BUILD = (
+    "backbone", "norm_eps", "stride_in", "channel_order", "p6_from", "relu_before_p7", "head.norm", "head.bias_before_norm",
+)  # fmt: skip
+"""Settings of `model` without which weights mean nothing: the same names and shapes elsewhere are accidents."""
+INPUT = ("pixel_mean", "pixel_std", "resize")
+"""Settings of `model` that weights are used to, but can get used to otherwise."""
+
+
+def _require_same_build(config: Config, source: Config, path: str) -> list[str]:
+    """Refuse weights of a network of another build; returns what is only unusual."""
+    ours, theirs = flatten(config.model.model_dump()), flatten(source.model.model_dump())
+    norms = ["norm"] if "gn" in (ours["norm"], theirs["norm"]) else []
+
+    def differing(keys: Sequence[str]) -> list[str]:
+        return [
+            f"  model.{key}: {ours[key]} in the config, {theirs[key]} in the checkpoint"
+            for key in keys
+            if ours[key] != theirs[key]
+        ]
+
+    different = differing([*BUILD, *norms])
     if different:
         raise ConfigError(
             "\n".join(
@@ -270,6 +286,8 @@ def _require_same_build(config: Config, source: Config, path: str) -> None:
                 ]
             )
         )
+    unusual = differing(INPUT)
+    return ["\n".join([f"the network in {path} has seen its pictures otherwise:", *unusual])] if unusual else []
 
 
 def val_pictures(

@@ -23,13 +23,14 @@ Split = Literal["val", "test"]
 def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_dir: Path) -> Metrics:
     """Detect with a checkpoint's model in a config's data; write metrics.json and detections.json.
 
-    The model and its classes are the checkpoint's; data, image size, post-processing and metric are the config's.
+    The model and its classes are the checkpoint's; data, image size and metric are the config's, and so is the
+    post-processing, as far as the config says anything about it.
 
     Raises:
         ConfigError: the config describes another model.
     """
     state = load_checkpoint(checkpoint)
-    config = with_model_of(config, state.config.model)
+    config = with_model_of(config, state.config)
     theirs, ours = flatten(state.config.model.model_dump()), flatten(config.model.model_dump())
     different = [k for k in ours if theirs.get(k) != ours[k] and k not in NOT_PART_OF_THE_MODEL]
     if different:
@@ -52,6 +53,8 @@ def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_d
         problems_file = output_dir / f"problems_{split}.tsv" if main else None
         dataset = open_split(config, named, categories=state.categories, problems_file=problems_file)
         console = Console(highlight=False, soft_wrap=True, quiet=not main)
+        for line in state.origin:
+            console.print(line, markup=False)
         _say(dataset, config, console)
         with Progress(console=console) as bar:
             task = bar.add_task(f"detecting in {len(dataset)} images", total=len(dataset))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from detector.config import Config, resolve_data_paths, with_model_of
 from detector.datasets.augment import Augmentation, extreme_sizes
 from detector.datasets.coco import CocoDataset
-from detector.datasets.loader import DetectionDataset, build_loader
+from detector.datasets.loader import DetectionDataset, build_loader, to_device
 from detector.datasets.sampling import StepPlanner, TrainSampler
 from detector.engine import distributed
 from detector.engine.checkpoint import load_checkpoint, make_folder, require_same_data, save_checkpoint, state_to_resume
@@ -53,7 +53,7 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
     if origin is None and config.train.init_from is not None:
         origin = load_checkpoint(Path(config.train.init_from))
     if origin is not None:
-        config = with_model_of(config, origin.config.model)
+        config = with_model_of(config, origin.config)
     distributed.barrier()  # all have looked before the first writes what would make the others refuse
     if state is not None and state.finished:
         return finished_metrics(output_dir)
@@ -70,6 +70,7 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
         min_sizes=config.data.train_sizes,
         max_size=config.data.max_size,
         pad=config.model.pad,
+        resize=config.model.resize,
         aspect_ratio_grouping=config.data.aspect_ratio_grouping,
         seed=config.train.seed,
     )
@@ -80,7 +81,7 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
         output_dir, start_step=start_step, total_steps=total_steps, evaluation_due=evaluation_due, enabled=is_main
     )
     try:
-        run = Run(config, output_dir, device, state, train_set, log)
+        run = Run(config, output_dir, device, state, train_set, log, source=origin)
         others = [dataset for dataset in (val_set, test_set) if dataset is not None]
         for dataset in (train_set, *others):
             log.info(dataset.summary())
@@ -145,7 +146,7 @@ def train_one_epoch(run: Run, batches: Iterator[Batch], sampler: TrainSampler, e
     for within in range(run.state.step - epoch * planner.steps_per_epoch, planner.steps_per_epoch):
         waiting = time.monotonic()
         count = sampler.num_micro_batches(len(plan[within]))
-        micro_batches = [next(batches).to(device) for _ in range(count)]
+        micro_batches = [to_device(next(batches), device) for _ in range(count)]
         run.interval.waited += time.monotonic() - waiting
         asked = stop.signum  # read once: a signal may come while the others are told
         if int(distributed.sum_over_processes(torch.tensor(int(asked is not None)))):
@@ -210,6 +211,7 @@ def training_data(train_set: CocoDataset, config: Config) -> DetectionDataset:
     return DetectionDataset(
         train_set,
         max_size=config.data.max_size,
+        resize=config.model.resize,
         hflip=config.data.hflip,
         augmentation=augmentation,
         seed=config.train.seed,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from detector.config import Norm
@@ -27,6 +28,12 @@ def _group_norm(channels: int, eps: float) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=eps)
 
 
+def _torchvision_resnet(name: str, norm: Callable[[int], nn.Module]) -> Any:
+    if name == "resnext101_32x4d":  # mmdetection's, which torchvision does not list
+        return torchvision.models.ResNet(Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4, norm_layer=norm)
+    return torchvision.models.get_model(name, weights=None, norm_layer=norm)
+
+
 class ResNet(nn.Module):
     """A ResNet without its classifier; parameters are named as in torchvision, so its files load.
 
@@ -35,11 +42,24 @@ class ResNet(nn.Module):
         norm: of all layers.
         norm_eps: added to the variance.
         num_trainable_layers: 0..5 parts trained, counted from the top; the others are frozen, in `train()` too.
+        stride_in: which convolution of a bottleneck has the stride.
     """
 
-    def __init__(self, name: str, *, norm: Norm, norm_eps: float, num_trainable_layers: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        norm: Norm,
+        norm_eps: float,
+        num_trainable_layers: int,
+        stride_in: Literal["3x3", "1x1"] = "3x3",
+    ) -> None:
         super().__init__()
-        body: Any = torchvision.models.get_model(name, weights=None, norm_layer=norm_layer(norm, norm_eps))
+        body = _torchvision_resnet(name, norm_layer(norm, norm_eps))
+        if stride_in == "1x1":
+            for module in body.modules():
+                if isinstance(module, Bottleneck):
+                    module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
         self.conv1, self.bn1, self.relu, self.maxpool = body.conv1, body.bn1, body.relu, body.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = body.layer1, body.layer2, body.layer3, body.layer4
         self.num_trainable_layers = num_trainable_layers

@@ -18,7 +18,8 @@ class Subnet(nn.Module):
         num_anchors: per cell.
         depth: hidden convolutions.
         channels: of the hidden convolutions.
-        norm: "gn" puts GroupNorm of 32 groups behind each hidden convolution, which then has no bias.
+        norm: "gn" puts GroupNorm of 32 groups behind each hidden convolution, which then has no bias,
+        bias_before_norm: unless it is to keep it.
         prior_prob: for the class subnet, the score that every anchor starts with (section 4.1); None: no bias.
     """
 
@@ -31,13 +32,14 @@ class Subnet(nn.Module):
         depth: int,
         channels: int,
         norm: Literal["none", "gn"],
+        bias_before_norm: bool = False,
         prior_prob: float | None = None,
     ) -> None:
         super().__init__()
         self.outputs = outputs
         self.tower = nn.Sequential()
         for _ in range(depth):
-            self.tower.append(nn.Conv2d(in_channels, channels, 3, padding=1, bias=norm == "none"))
+            self.tower.append(nn.Conv2d(in_channels, channels, 3, padding=1, bias=norm == "none" or bias_before_norm))
             if norm == "gn":
                 self.tower.append(nn.GroupNorm(32, channels))
             self.tower.append(nn.ReLU(inplace=True))

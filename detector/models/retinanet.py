@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,8 @@ class RetinaNet(nn.Module):
         fpn: gives P3..P7.
         cls_subnet, box_subnet: give logits and deltas.
         anchors: of the levels.
-        pixel_mean, pixel_std: of RGB values 0..255.
+        pixel_mean, pixel_std: of values 0..255, in the order of `channel_order`.
+        channel_order: of what the backbone sees.
     """
 
     pixel_mean: Tensor
@@ -37,6 +40,7 @@ class RetinaNet(nn.Module):
         anchors: AnchorGenerator,
         pixel_mean: tuple[float, float, float],
         pixel_std: tuple[float, float, float],
+        channel_order: Literal["rgb", "bgr"] = "rgb",
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -44,6 +48,7 @@ class RetinaNet(nn.Module):
         self.cls_subnet = cls_subnet
         self.box_subnet = box_subnet
         self.anchors = anchors
+        self.channel_order = channel_order
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
@@ -63,7 +68,8 @@ class RetinaNet(nn.Module):
 
     def normalize(self, images: Tensor, image_sizes: Tensor) -> Tensor:
         """Subtract the mean, divide by the deviation, then zero what is padding (so that zero means "average grey")."""
-        normalized = (images.float() - self.pixel_mean) / self.pixel_std
+        ordered = images.flip(1) if self.channel_order == "bgr" else images
+        normalized = (ordered.float() - self.pixel_mean) / self.pixel_std
         height, width = images.shape[-2:]
         inside_y = torch.arange(height, device=images.device) < image_sizes[:, :1]
         inside_x = torch.arange(width, device=images.device) < image_sizes[:, 1:]
@@ -98,6 +104,7 @@ def build_model(config: ModelConfig, num_classes: int) -> RetinaNet:
         norm=config.norm,
         norm_eps=config.norm_eps,
         num_trainable_layers=config.num_trainable_layers,
+        stride_in=config.stride_in,
     )
     fpn = FeaturePyramid(
         backbone.channels, config.fpn_channels, p6_from=config.p6_from, relu_before_p7=config.relu_before_p7
@@ -111,6 +118,7 @@ def build_model(config: ModelConfig, num_classes: int) -> RetinaNet:
             depth=config.head.depth,
             channels=config.head.channels or config.fpn_channels,
             norm=config.head.norm,
+            bias_before_norm=config.head.bias_before_norm,
             prior_prob=prior_prob,
         )
 
@@ -122,4 +130,5 @@ def build_model(config: ModelConfig, num_classes: int) -> RetinaNet:
         anchors=anchors,
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
+        channel_order=config.channel_order,
     )

@@ -1,18 +1,13 @@
-"""Reading weights from files and downloads, and moving them into a network, saying what went where."""
+"""Moving weights from files, downloads and other detectors into a network, saying what went where."""
 
 from __future__ import annotations
 
 import itertools
 import pickle
-import struct
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -20,20 +15,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detector.anchors import AnchorGenerator
 from detector.models.backbone import ResNet
+from detector.models.reading import DAMAGE, WeightsError, read_tensors, reason
 from detector.models.retinanet import RetinaNet
 from detector.structures import Categories
-
-SUFFIXES = (".pt", ".pth", ".npz", ".safetensors")
-
-# What torch, numpy, zipfile and safetensors were seen to raise on files with random bytes changed or cut off.
-DAMAGE = (
-    OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, AssertionError, struct.error,
-    zlib.error, zipfile.BadZipFile, safetensors.SafetensorError,
-)  # fmt: skip
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be read, or that do not fit; `str` says which and what to do."""
 
 
 class LoadReport(NamedTuple):
@@ -58,51 +42,6 @@ class LoadReport(NamedTuple):
             if names:
                 lines.append(f"  {len(names)} {title}: {_short(names)}")
         return "\n".join(lines)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pt, .pth, .npz or .safetensors file; nothing in the file is ever run.
-
-    A dict inside a dict under "state_dict" or "model" is found; a "module." prefix (DDP's) is removed.
-
-    Raises:
-        WeightsError: the file is missing, broken, or holds anything but named tensors.
-    """
-    if path.suffix not in SUFFIXES:
-        raise WeightsError(f"weights file must end in {', '.join(SUFFIXES)}, got {path}")
-    if not path.is_file():
-        raise WeightsError(f"weights file {path} does not exist")
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                raw: object = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        elif path.suffix == ".safetensors":
-            raw = safetensors.torch.load_file(path)
-        else:
-            raw = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"weights file {path} is not read: it is damaged, or holds more than tensors and could run code "
-            f"({_reason(error)}); save a state_dict instead"
-        ) from None
-    except DAMAGE as error:
-        raise WeightsError(f"weights file {path} cannot be read, it may be damaged: {_reason(error)}") from None
-    for key in ("state_dict", "model"):
-        if isinstance(raw, Mapping) and isinstance(raw.get(key), Mapping):
-            raw = raw[key]
-    tensors = {str(k).removeprefix("module."): v for k, v in raw.items()} if isinstance(raw, Mapping) else {}
-    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise WeightsError(f"weights file {path} must hold a mapping from names to tensors, got {type(raw).__name__}")
-    return tensors
-
-
-def _reason(error: Exception) -> str:
-    """The telling line of an error; torch's long ones are mostly advice to load the file regardless."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    telling = [line for line in lines if line and "weights_only" not in line and "Weights only load" not in line]
-    if not telling:
-        return type(error).__name__
-    return telling[0].removeprefix("WeightsUnpickler error: ").partition(" Please use")[0]
 
 
 def load_backbone_weights(backbone: ResNet, name: str, weights: str) -> LoadReport | None:
@@ -178,7 +117,7 @@ def _download(name: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (pickle.UnpicklingError, *DAMAGE) as error:
         raise WeightsError(
-            f"downloading the ImageNet weights of {name} failed ({_reason(error)}).\n"
+            f"downloading the ImageNet weights of {name} failed ({reason(error)}).\n"
             f"  Fetch {weights.url} elsewhere and put it at {target},\n"
             "  or set model.backbone_weights to a file, or to none (with model.norm=bn or gn) to train from scratch."
         ) from None

@@ -18,7 +18,7 @@ from torch import Tensor
 from detector.datasets.augment import Augmentation
 from detector.datasets.coco import CocoDataset, read_coco
 from detector.datasets.images import ImageError
-from detector.datasets.loader import EMPTY, DetectionDataset, Sample, build_loader, collate, unreadable
+from detector.datasets.loader import EMPTY, DetectionDataset, Sample, build_loader, collate, to_device, unreadable
 from detector.datasets.loader import _end_workers as end_workers
 from detector.datasets.sampling import SampleKey, StepPlanner, TrainSampler
 from detector.structures import Batch, Targets
@@ -41,7 +41,7 @@ def key(index: int = 0, **changes: Any) -> SampleKey:
 
 
 def tensors(batch: Batch) -> list[Tensor]:
-    return [batch.images, *batch.targets, *batch[2:]]
+    return [batch.images, *batch.targets, batch.image_ids, batch.image_sizes, batch.original_sizes, batch.index]
 
 
 def run_of(coco: CocoDataset, *, workers: int, start: int = 0) -> list[Batch]:
@@ -140,7 +140,7 @@ def sample(height: int, width: int, num_objects: int, num_ignored: int = 0) -> S
         ignore_boxes=rng.random((num_ignored, 4), np.float32) + 1,
     )
     image = rng.integers(1, 255, (height, width, 3), dtype=np.uint8)
-    return Sample(image, objects, 10 + num_objects, (height * 2, width * 2), key(num_objects))
+    return Sample(image, (height, width), objects, 10 + num_objects, (height * 2, width * 2), key(num_objects))
 
 
 def test_pictures_are_padded_with_zeros_at_the_right_and_bottom() -> None:
@@ -280,10 +280,29 @@ def private_bytes(pid: int) -> int:
 
 def test_a_batch_survives_pickling_and_moving(coco: CocoDataset) -> None:
     (batch,) = build_loader(DetectionDataset(coco, max_size=96), [[key(0), key(1)]], num_workers=0)
-    for copy in (pickle.loads(pickle.dumps(batch)), batch.to(torch.device("cpu"))):
+    for copy in (pickle.loads(pickle.dumps(batch)), to_device(batch, torch.device("cpu"))):
         assert isinstance(copy, Batch)
         assert isinstance(copy.targets, Targets)
         assert_equal([copy], [batch])
+
+
+def test_pictures_left_to_the_device_come_out_as_if_resized_by_the_loader(coco: CocoDataset) -> None:
+    """Same boxes, sizes and canvas; pixels as two ways of resizing differ; mirrored alike."""
+    keys = [[key(0), key(1), key(-1)]]
+    for hflip in (0.0, 1.0):
+        left = DetectionDataset(coco, max_size=96, resize="float_bilinear", hflip=hflip)
+        (unresized,) = build_loader(left, keys, num_workers=0)
+        assert unresized.images.dtype == torch.uint8
+        assert unresized.unresized is not None
+        batch = to_device(unresized, torch.device("cpu"))
+        assert batch.unresized is None
+        (expected,) = build_loader(
+            DetectionDataset(coco, max_size=96, resize="cv2_bilinear", hflip=hflip), keys, num_workers=0
+        )
+        assert batch.images.shape == expected.images.shape
+        assert batch.images.dtype == torch.float32
+        assert (batch.images - expected.images).abs().max() <= 1.5
+        assert_equal([batch._replace(images=expected.images)], [expected])
 
 
 @pytest.mark.gpu

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
+import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from detector.datasets.coco import Objects
-from detector.datasets.transforms import fit_inside, mirror, padded_size, resize, resized_size, scale_objects
+from detector.datasets.transforms import (
+    fit_inside,
+    mirror,
+    padded_size,
+    resize_batch,
+    resize_picture,
+    resized_size,
+    scale_objects,
+)
+from detector.structures import Unresized
 
 NONE = np.zeros((0, 4), np.float32)
 SIDES = st.integers(1, 3000)
@@ -77,14 +92,14 @@ def test_padding_rounds_up_to_the_next_multiple(height: int, width: int) -> None
 
 def test_a_picture_of_the_right_size_is_not_touched() -> None:
     image, _ = painted((10, 10, 20, 20))
-    assert resize(image, (60, 90)) is image
+    assert resize_picture(image, (60, 90), "area") is image
 
 
 @pytest.mark.parametrize("size", [(120, 180), (30, 45), (61, 91), (40, 90)])
 def test_resized_boxes_lie_where_the_resized_paint_is(size: tuple[int, int]) -> None:
     image, objects = painted((12, 18, 60, 48))
     scaled = scale_objects(objects, (60, 90), size)
-    at = np.array(paint(resize(image, size)))
+    at = np.array(paint(resize_picture(image, size, "area")))
     assert np.abs(scaled.boxes[0] - at).max() <= 1
     assert np.array_equal(scaled.ignore_boxes, scaled.boxes)
     assert scaled.labels.tolist() == [1]
@@ -93,15 +108,54 @@ def test_resized_boxes_lie_where_the_resized_paint_is(size: tuple[int, int]) -> 
 def test_shrinking_takes_the_mean_of_what_it_merges() -> None:
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 200
-    assert np.abs(resize(stripes, (16, 16)).astype(int) - 100).max() <= 1, "stripes must average, not alias"
+    assert np.abs(resize_picture(stripes, (16, 16), "area").astype(int) - 100).max() <= 1, (
+        "stripes must average, not alias"
+    )
+
+
+@given(SIDES, SIDES, st.integers(1, 1000))
+def test_torchvisions_sizes_are_rounded_down(height: int, width: int, min_size: int) -> None:
+    """As torch.nn.functional.interpolate does with torchvision's scale factor."""
+    scale = min(min_size / min(height, width), 1333 / max(height, width))
+    expected = math.floor(height * scale), math.floor(width * scale)
+    new = resized_size((height, width), min_size=min_size, max_size=1333, resize="float_bilinear")
+    assert new == (max(1, expected[0]), max(1, expected[1]))
+
+
+def test_each_rule_is_that_of_its_library() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    for size in ((20, 29), (74, 106), (30, 60)):
+        by_pillow = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+        by_opencv = cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+        assert np.array_equal(resize_picture(image, size, "pil_bilinear"), by_pillow)
+        assert np.array_equal(resize_picture(image, size, "cv2_bilinear"), by_opencv)
+
+
+def test_a_batch_resized_on_the_device_is_torchvisions() -> None:
+    """By the class that torchvision's detectors use; with means and deviations that change nothing."""
+    rng = np.random.default_rng(1)
+    pictures = [torch.from_numpy(rng.integers(0, 256, (3, *s), dtype=np.uint8)) for s in ((40, 61), (55, 30), (64, 64))]
+    transform = GeneralizedRCNNTransform(48, 70, [0.0] * 3, [1.0] * 3, size_divisible=32)
+    expected, _ = transform([p.float() for p in pictures])
+    canvas = np.zeros((3, 3, 64, 64), np.uint8)
+    for place, picture in zip(canvas, pictures, strict=True):
+        place[:, : picture.shape[1], : picture.shape[2]] = picture
+    sizes = [(p.shape[1], p.shape[2]) for p in pictures]
+    resized = [resized_size(s, min_size=48, max_size=70, resize="float_bilinear") for s in sizes]
+    assert resized == expected.image_sizes
+    largest = (max(h for h, _ in resized), max(w for _, w in resized))
+    unresized = Unresized(sizes, resized, padded_size(largest, "batch_max_32"))
+    found = resize_batch(torch.from_numpy(canvas), unresized)
+    assert found.shape == expected.tensors.shape
+    assert (found - expected.tensors).abs().max() < 1e-3  # of 255
 
 
 def test_mirrored_boxes_lie_where_the_mirrored_paint_is() -> None:
     image, objects = painted((12, 18, 60, 48))
-    turned, moved = mirror(image, objects)
+    turned, moved = mirror(image, objects, width=90)
     assert moved.boxes.tolist() == [paint(turned)]
     assert moved.ignore_boxes.tolist() == [paint(turned)]
-    again, back = mirror(turned, moved)
+    again, back = mirror(turned, moved, width=90)
     assert np.array_equal(again, image)
     assert np.array_equal(back.boxes, objects.boxes)
 
@@ -109,5 +163,5 @@ def test_mirrored_boxes_lie_where_the_mirrored_paint_is() -> None:
 def test_pictures_without_objects_are_transformed_too() -> None:
     image = np.zeros((10, 20, 3), np.uint8)
     objects = Objects(NONE, np.zeros(0, np.int64), NONE)
-    assert mirror(image, objects)[1].boxes.shape == (0, 4)
+    assert mirror(image, objects, width=20)[1].boxes.shape == (0, 4)
     assert scale_objects(objects, (10, 20), (30, 60)).ignore_boxes.shape == (0, 4)

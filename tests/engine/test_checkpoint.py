@@ -104,7 +104,7 @@ def test_reading_a_checkpoint_never_runs_code(tmp_path: Path, monkeypatch: pytes
     torch.save({"format": 1, "model": Bomb()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb()))
     for name in ("zip.pt", "old.pt", "plain.pt"):
-        with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+        with pytest.raises(CheckpointError, match=f"{name} is not read: .*could run code"):
             load_checkpoint(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
 
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_named(size: int, tmp_path: Path) -> None:
     save_checkpoint(state(), tmp_path / "a.pt")
     whole = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "a.pt").write_bytes(whole[:size])
-    with pytest.raises(CheckpointError, match=r"a\.pt cannot be read .* damaged or no checkpoint of ours"):
+    with pytest.raises(CheckpointError, match=r"checkpoint .*a\.pt cannot be read, it may be damaged: "):
         load_checkpoint(tmp_path / "a.pt")
 
 

@@ -178,8 +178,13 @@ def open_val(data: TinyData) -> CocoDataset:
     return read_coco(data.val, images_of(data.val), verify="none", progress=False)
 
 
-def test_detections_do_not_depend_on_the_batch_size_and_are_those_of_single_files(whole: Run, data: TinyData) -> None:
+@pytest.mark.parametrize("resize", ["area", "float_bilinear", "pil_bilinear", "cv2_bilinear"])
+def test_detections_do_not_depend_on_the_batch_size_and_are_those_of_single_files(
+    resize: str, whole: Run, data: TinyData
+) -> None:
     state = last_checkpoint(whole.out)
+    network = state.config.model.model_copy(update={"resize": resize})
+    state.config = state.config.model_copy(update={"model": network})
     coco, model = open_val(data), model_of(state, CPU)
     settings = state.config.postprocess.model_copy(update={"score_thresh": 0.0, "detections_per_img": 20})
     config = state.config.model_copy(update={"postprocess": settings})

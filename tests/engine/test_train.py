@@ -328,6 +328,10 @@ def test_fine_tuning_needs_no_word_about_the_network(whole: Run, data: TinyData,
         ({"model__backbone": "resnet34"}, "model.backbone: resnet34 in the config, resnet18 in the checkpoint"),
         ({"model__norm": "bn"}, "model.norm: bn in the config, gn in the checkpoint"),
         ({"model__head": {"depth": 1, "norm": "gn"}}, "model.head.norm: gn in the config, none in the checkpoint"),
+        ({"model__norm_eps": 1e-3}, "model.norm_eps: 0.001 in the config, 1e-05 in the checkpoint"),
+        ({"model__channel_order": "bgr"}, "model.channel_order: bgr in the config, rgb in the checkpoint"),
+        ({"model__p6_from": "p5"}, "model.p6_from: p5 in the config, c5 in the checkpoint"),
+        ({"model__relu_before_p7": False}, "model.relu_before_p7: False in the config, True in the checkpoint"),
     ],
 )
 def test_fine_tuning_a_network_of_another_build_is_refused(

@@ -1,22 +1,16 @@
-"""Reading weights that others made: all formats, all kinds of damage, and what fine-tuning keeps."""
+"""Weights of backbones and of other detectors: what is loaded, what is left, and what fine-tuning keeps."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import pickle
-import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor
@@ -26,129 +20,12 @@ from detector.config import ModelConfig, Norm
 from detector.models import RetinaNet, build_model
 from detector.models.backbone import ResNet
 from detector.models.heads import prior_bias
-from detector.models.weights import (
-    TransferRow,
-    WeightsError,
-    canonical_name,
-    load_backbone_weights,
-    read_tensors,
-    transfer,
-)
+from detector.models.reading import WeightsError, read_tensors
+from detector.models.weights import TransferRow, canonical_name, load_backbone_weights, transfer
 from detector.structures import Categories
+from tests.models.test_reading import Malicious, some_tensors
 
 PARTIAL = "weights/resnet18_imagenet_stem_to_layer3.npz"
-
-
-def some_tensors() -> dict[str, Tensor]:
-    return {"conv1.weight": torch.arange(12.0).view(3, 4), "bn1.bias": torch.ones(5)}
-
-
-def write_npz(tensors: dict[str, Tensor], path: Path) -> None:
-    np.savez(path, allow_pickle=False, **{k: v.numpy() for k, v in tensors.items()})
-
-
-WRITERS: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
-    "w.pth": torch.save,
-    "w.pt": torch.save,
-    "old.pth": partial(torch.save, _use_new_zipfile_serialization=False),
-    "w.npz": write_npz,
-    "w.safetensors": safetensors.torch.save_file,
-}
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_every_format_is_read(name: str, tmp_path: Path) -> None:
-    WRITERS[name](some_tensors(), tmp_path / name)
-    found = read_tensors(tmp_path / name)
-    assert found.keys() == some_tensors().keys()
-    assert all(torch.equal(found[k], v) for k, v in some_tensors().items())
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda t: {"state_dict": t, "epoch": 3},
-        lambda t: {"model": t, "optimizer": {"lr": 0.1}},
-        lambda t: {f"module.{k}": v for k, v in t.items()},
-        lambda t: {"state_dict": {f"module.{k}": v for k, v in t.items()}},
-    ],
-)
-def test_nested_and_prefixed_weights_are_found(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
-    torch.save(wrap(some_tensors()), tmp_path / "w.pth")
-    assert read_tensors(tmp_path / "w.pth").keys() == some_tensors().keys()
-
-
-class Malicious:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("name", ["evil.pth", "evil.pt", "old.pth", "plain.pth", "evil.npz"])
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_code_in_a_file_is_refused_and_not_run(name: str, tmp_path: Path) -> None:
-    trap, path = tmp_path / "ran", tmp_path / name
-    content = {"conv1.weight": torch.ones(2), "x": Malicious(trap)}
-    if name == "evil.npz":
-        np.savez(path, x=np.array([Malicious(trap)], dtype=object))
-    elif name == "plain.pth":
-        path.write_bytes(pickle.dumps(content["x"]))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=name != "old.pth")
-    with pytest.raises(WeightsError, match=name):
-        read_tensors(path)
-    assert not trap.exists()
-
-
-def test_the_reason_is_told_without_torchs_advice_to_load_it_regardless(tmp_path: Path) -> None:
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"could run code \(Unsupported global: GLOBAL .*Linear") as caught:
-        read_tensors(tmp_path / "w.pth")
-    assert "weights_only" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_truncated_and_damaged_files_are_told_with_their_name(name: str, tmp_path: Path) -> None:
-    WRITERS[name](some_tensors(), tmp_path / name)
-    whole = (tmp_path / name).read_bytes()
-    changes = random.Random(0)
-    for length in [0, 1, 10, len(whole) // 3, len(whole) // 2, len(whole) - 30]:
-        (tmp_path / name).write_bytes(whole[:length])
-        with pytest.raises(WeightsError, match=name):
-            read_tensors(tmp_path / name)
-    for _ in range(60):
-        damaged = bytearray(whole)
-        for _ in range(5):
-            damaged[changes.randrange(len(whole))] = changes.randrange(256)
-        (tmp_path / name).write_bytes(damaged)
-        with contextlib.suppress(WeightsError):  # a changed number is no visible damage
-            read_tensors(tmp_path / name)
-
-
-@pytest.mark.parametrize("content", [[], {}, {"epoch": 3}, {"a": torch.ones(1), "b": "text"}, torch.ones(2)])
-def test_anything_but_named_tensors_is_refused(content: Any, tmp_path: Path) -> None:
-    torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match="must hold a mapping from names to tensors"):
-        read_tensors(tmp_path / "w.pth")
-
-
-def test_arrays_of_text_and_a_lone_array_are_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "text.npz", names=np.array(["a", "b"]))
-    with (tmp_path / "lone.npz").open("wb") as file:
-        np.save(file, np.zeros(3))
-    for name in ("text.npz", "lone.npz"):
-        with pytest.raises(WeightsError, match=name):
-            read_tensors(tmp_path / name)
-
-
-def test_missing_files_and_unknown_suffixes_are_told(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"gone\.pth does not exist"):
-        read_tensors(tmp_path / "gone.pth")
-    with pytest.raises(WeightsError, match=r"must end in \.pt, \.pth, \.npz, \.safetensors, got .*w\.onnx"):
-        read_tensors(tmp_path / "w.onnx")
 
 
 def resnet18(norm: Norm = "bn", trainable: int = 5) -> ResNet:

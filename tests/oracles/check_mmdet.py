@@ -1,0 +1,353 @@
+"""mmdetection's own code as the oracle: its networks and files, converted by our tool, must find the same objects.
+
+`tests/models/test_foreign.py` compares with a restatement of mmdetection (`tests/models/theirs.py`). This script runs
+mmdetection itself (its configs, its networks, its training loop, its checkpoints, its pipeline of pictures) and shows
+for a few builds that the restatement and what we import both agree with it. It is no part of the test suite, because
+mmdetection needs an environment of its own, made from the root of the repository:
+
+    uv venv --python 3.11 ../mmdet-venv
+    uv pip install --python ../mmdet-venv -c constraints.txt -e .
+    uv pip install --python ../mmdet-venv addict termcolor yapf terminaltables shapely scipy matplotlib six tqdm
+    uv pip install --python ../mmdet-venv --no-deps mmdet==3.3.0 mmengine==0.10.7 mmcv-lite==2.2.0
+
+(`--no-deps`, or opencv-python would be installed over opencv-python-headless.) Run it, for all cases or those named:
+
+    OMP_NUM_THREADS=1 ../mmdet-venv/bin/python -m tests.oracles.check_mmdet [r50 caffe r18 x101]
+
+Minutes on one core; the exit code is 0 if everything agrees. mmcv-lite lacks mmcv's compiled operations, so `mmcv.ops`
+is a stand-in here, in which only the suppression (by torchvision) does anything: a RetinaNet on a CPU uses no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import tempfile
+import traceback
+import types
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision import ops
+
+from detector.datasets.images import decode_image
+from detector.engine.checkpoint import load_checkpoint
+from detector.engine.predict import load_predictor
+from tests.models import theirs
+from tests.models.theirs import MAX_SIZE, MIN_SIZE, R18, R50, X101_32, Body, Objects, State
+from tools.convert_weights import main as convert
+
+LIMIT = 10_000
+"""Objects per picture on both sides: a limit that cuts would make a near-tie of the weakest scores."""
+
+OWN_CLASSES = ("bolt", "nut", "washer")
+
+
+# ---- mmdetection without compiled operations --------------------------------------------------------------------
+
+
+class _Ops(types.ModuleType):
+    """A module that has every name: classes that are never used."""
+
+    __path__: list[str] = []  # noqa: RUF012 -- what makes it a package
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def _batched_nms(
+    boxes: Tensor, scores: Tensor, idxs: Tensor, nms_cfg: Any, class_agnostic: bool = False
+) -> tuple[Tensor, Tensor]:
+    """mmcv's convention around torchvision's operation: (n, 5) boxes with scores, and their places."""
+    assert nms_cfg["type"] == "nms"
+    assert not class_agnostic
+    keep = ops.batched_nms(boxes, scores, idxs, nms_cfg["iou_threshold"])
+    return torch.cat([boxes[keep], scores[keep, None]], dim=1), keep
+
+
+def start_mmdet() -> None:
+    """Import mmdetection and let it register its parts."""
+    vars(import_module("mmcv"))["__version__"] = "2.1.0"  # mmdet 3.3.0 refuses 2.2.0 by its number alone
+    parts = "carafe deform_conv merge_cells modulated_deform_conv multi_scale_deform_attn nms roi_align"
+    for name in ("mmcv.ops", *(f"mmcv.ops.{part}" for part in parts.split())):
+        module = _Ops(name)
+        vars(module)["batched_nms"] = _batched_nms
+        sys.modules[name] = module
+    import_module("mmdet.utils").register_all_modules()
+
+
+# ---- cases ------------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """A network of mmdetection's and a way in which its files are stored."""
+
+    config: str
+    """Of mmdetection's configs/retinanet."""
+    file: str
+    save: Callable[[Any, State, Path, list[Path]], None]
+    """(config, weights, file to write, pictures)"""
+    body: Body
+    caffe: bool = False
+    classes: tuple[str, ...] | None = None
+    """Other than COCO's."""
+    num_pictures: int = len(theirs.SHAPES)
+    spread: float = 1.0
+    """Factor on the weights of the boxes' last convolution: with more than 1, some boxes lie outside of the picture."""
+
+
+def _coco_classes() -> tuple[str, ...]:
+    return tuple(import_module("mmdet.datasets").CocoDataset.METAINFO["classes"])
+
+
+def _save_as_2x(_: Any, state: State, path: Path, __: list[Path]) -> None:
+    """As the model zoo of version 2: class names, no optimizer, and of the style no word but the file's name."""
+    meta = {"epoch": 12, "iter": 87960, "mmdet_version": "2.28.2", "CLASSES": _coco_classes()}
+    import_module("mmengine.runner").save_checkpoint({"meta": meta, "state_dict": state}, str(path))
+
+
+def _save_as_3x(config: Any, state: State, path: Path, _: list[Path]) -> None:
+    """As tools/model_converters/publish_model.py leaves a file: config and class names, no optimizer."""
+    dataset = {"classes": _coco_classes(), "palette": [(220, 20, 60)] * 80}
+    meta = {"epoch": 12, "iter": 87960, "cfg": config.pretty_text, "seed": 7, "dataset_meta": dataset}
+    import_module("mmengine.runner").save_checkpoint({"meta": meta, "state_dict": state}, str(path))
+
+
+def _save_by_training(config: Any, state: State, path: Path, pictures: list[Path]) -> None:
+    """By mmengine's Runner after an epoch of three steps: optimizer, schedule, message hub with its histories."""
+    folder = path.parent
+    torch.save({"state_dict": state}, folder / "start.pth")
+    _write_annotations(folder / "train.json", pictures)
+    config = config.copy()
+    config.work_dir = str(folder)
+    config.load_from = str(folder / "start.pth")  # which replaces the initial weights; those would be downloaded
+    config.model.backbone.init_cfg = None
+    config.randomness = {"seed": 0}
+    config.log_level = "ERROR"
+    config.val_dataloader = config.val_cfg = config.val_evaluator = None
+    config.test_dataloader = config.test_cfg = config.test_evaluator = None
+    config.train_cfg = {"type": "EpochBasedTrainLoop", "max_epochs": 1}
+    config.optim_wrapper.optimizer.lr = 0.05  # the warm-up begins with a thousandth of it
+    config.optim_wrapper.clip_grad = {"max_norm": 1.0}  # the weights must go on finding hundreds of objects
+    loader = config.train_dataloader
+    loader.num_workers, loader.persistent_workers = 0, False
+    loader.dataset.data_root = str(folder)
+    loader.dataset.ann_file = "train.json"
+    loader.dataset.data_prefix = {"img": str(pictures[0].parent)}
+    loader.dataset.metainfo = {"classes": OWN_CLASSES}
+    next(step for step in loader.dataset.pipeline if step.type == "Resize").scale = (MAX_SIZE, MIN_SIZE)
+    with contextlib.redirect_stdout(io.StringIO()):
+        import_module("mmengine.runner").Runner.from_cfg(config).train()
+    (folder / "epoch_1.pth").rename(path)
+
+
+def _write_annotations(path: Path, pictures: list[Path]) -> None:
+    """COCO's format: a box of each class on each picture."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for i, picture in enumerate(pictures):
+        height, width = map(int, picture.stem.split("_")[1].split("x"))
+        images.append({"id": i, "file_name": picture.name, "height": height, "width": width})
+        for k in range(len(OWN_CLASSES)):
+            box = [width * 0.1 * (k + 1), height * 0.2, width * 0.5, height * 0.2 * (k + 1)]
+            place = {"id": len(annotations) + 1, "image_id": i, "category_id": 10 * (k + 1), "iscrowd": 0}
+            annotations.append({**place, "bbox": box, "area": box[2] * box[3]})
+    categories = [{"id": 10 * (k + 1), "name": name} for k, name in enumerate(OWN_CLASSES)]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+
+
+CASES: dict[str, Case] = {
+    "r50": Case("retinanet_r50_fpn_1x_coco", "retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth", _save_as_2x, R50),
+    "caffe": Case("retinanet_r50-caffe_fpn_1x_coco", "epoch_12.pth", _save_as_3x, R50, caffe=True),
+    "r18": Case("retinanet_r18_fpn_1x_coco", "trained.pth", _save_by_training, R18, classes=OWN_CLASSES, spread=4.0),
+    "x101": Case("retinanet_x101-32x4d_fpn_1x_coco", "epoch_12.pth", _save_as_3x, X101_32, num_pictures=2),
+}
+
+
+def config_of(case: Case) -> Any:
+    """mmdetection's own, but for small pictures, other classes, and no limit to the number of objects."""
+    package = import_module("mmdet").__file__
+    assert package is not None
+    path = Path(package).parent / ".mim" / "configs" / "retinanet" / f"{case.config}.py"
+    config = import_module("mmengine.config").Config.fromfile(path)
+    if case.classes is not None:
+        config.model.bbox_head.num_classes = len(case.classes)
+    config.model.test_cfg.max_per_img = LIMIT
+    next(step for step in config.test_dataloader.dataset.pipeline if step.type == "Resize").scale = (MAX_SIZE, MIN_SIZE)
+    return config
+
+
+# ---- detecting and comparing ------------------------------------------------------------------------------------
+
+
+def network_of(config: Any, state: State) -> Any:
+    """mmdetection's network; strict about the names and shapes of its tensors."""
+    model = import_module("mmdet.registry").MODELS.build(config.model)
+    model.load_state_dict(state, strict=True)
+    model.cfg = config
+    return model.eval()
+
+
+def by_mmdet(model: Any, picture: Path) -> tuple[Objects, list[Tensor]]:
+    """Boxes in pixels of the file, and the logits (9 * K, H, W) of every level."""
+    outputs: list[Any] = []
+    hook = model.bbox_head.register_forward_hook(lambda _, __, output: outputs.append(output))
+    found = import_module("mmdet.apis").inference_detector(model, str(picture)).pred_instances
+    hook.remove()
+    ((logits, _),) = outputs
+    return Objects(found.bboxes, found.scores, found.labels), [level[0] for level in logits]
+
+
+def _with_empty(model: Any, picture: Path) -> Objects:
+    """Without the filter of boxes that clipping leaves nothing of. (They overlap nothing: none is suppressed.)"""
+    settings = model.bbox_head.test_cfg
+    usual, settings.min_bbox_size = settings.min_bbox_size, -1
+    found, _ = by_mmdet(model, picture)
+    settings.min_bbox_size = usual
+    return found
+
+
+class Largest:
+    """The largest differences seen."""
+
+    def __init__(self) -> None:
+        self.box = self.score = self.logit = 0.0
+
+    def objects(self, one: Objects, other: Objects) -> None:
+        """Between each object and the one most like it of the same class; those without a twin are left out."""
+        lost = set(theirs.without_twin(one, other))
+        for i in range(len(one.scores)):
+            if i not in lost:
+                boxes = (other.boxes - one.boxes[i]).abs().amax(-1)
+                scores = (other.scores - one.scores[i]).abs()
+                twin = (boxes + 100 * scores).masked_fill(other.labels != one.labels[i], torch.inf).argmin()
+                self.box, self.score = max(self.box, float(boxes[twin])), max(self.score, float(scores[twin]))
+
+    def logits(self, one: list[Tensor], other: list[Tensor]) -> None:
+        """Relative to the largest of a level; one that is off by more than rounding fails."""
+        assert len(one) == len(other)
+        for level, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert a.shape == b.shape, f"P{level + 3}: {tuple(a.shape)} and {tuple(b.shape)}"
+            relative = float((a - b).abs().max() / b.abs().max())
+            assert relative <= 1e-5, f"P{level + 3}: logits differ by {relative:.1e} of the largest"
+            self.logit = max(self.logit, relative)
+
+    def __str__(self) -> str:
+        return f"box {self.box:.1e} pixels, score {self.score:.1e}, logits {self.logit:.1e} of the largest"
+
+
+def check(case: Case, folder: Path) -> None:
+    """Raise AssertionError unless we, and the restatement, find what mmdetection finds."""
+    config = config_of(case)
+    size: dict[str, Any] = {"min_size": MIN_SIZE, "max_size": MAX_SIZE, "body": case.body, "caffe": case.caffe}
+    pictures = theirs.pictures(folder / "in")[: case.num_pictures]
+    num_classes = len(case.classes or _coco_classes())
+    state = theirs.mmdet_state(case.body, caffe=case.caffe, num_classes=num_classes)
+    state["bbox_head.retina_reg.weight"] *= case.spread
+    model = network_of(config, state)
+    count = 300 if num_classes == 80 else 1000  # objects of few classes suppress more of each other
+    theirs.calibrate(state, "bbox_head.retina_cls.bias", by_mmdet(model, pictures[0])[1], count=count)
+
+    stored = folder / case.file
+    case.save(config, state, stored, pictures)
+    content = torch.load(stored, weights_only=False)  # written just now; mmengine's histories are objects
+    changed = sum(not torch.equal(state[k], v) for k, v in content["state_dict"].items())
+    assert (changed > 0) == (case.save is _save_by_training)
+    state = content["state_dict"]
+    model = network_of(config, state)
+    print(f"  file: {_summary(content)}; {len(state)} tensors, {changed} changed by training")
+
+    checkpoint = folder / "ours.pt"
+    settings = [f"data.min_size={MIN_SIZE}", f"data.max_size={MAX_SIZE}", f"postprocess.detections_per_img={LIMIT}"]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert convert([str(stored), str(checkpoint), *settings]) == 0
+    print("".join(f"  convert: {line}\n" for line in said.getvalue().partition("next:")[0].splitlines()), end="")
+    categories = load_checkpoint(checkpoint).categories
+    assert categories.names == (case.classes or _coco_classes())
+    predictor = load_predictor(checkpoint, device=torch.device("cpu"))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        all_ours = theirs.by_us(folder / "out", checkpoint, pictures)
+
+    by_us, by_them, by_restatement, lost, empty = 0, 0, 0, 0, 0
+    here, restated = Largest(), Largest()
+    for picture, ours in zip(pictures, all_ours, strict=True):
+        found, logits = by_mmdet(model, picture)
+        assert len(found.scores) < LIMIT
+        expected = found._replace(labels=torch.tensor(categories.ids)[found.labels])
+        theirs.assert_same(ours, expected)
+        here.objects(ours, expected)
+        computed = predictor.outputs(decode_image(picture, apply_exif=True))[0].cls_logits
+        here.logits([x[0].reshape(-1, num_classes) for x in computed], [_by_anchor(x, num_classes) for x in logits])
+
+        again, logits_again = theirs.mmdet_detect(state, picture, **size)
+        theirs.assert_same(again, found)
+        restated.objects(again, found)
+        restated.logits(logits_again, logits)
+        by_us, by_them, by_restatement = (
+            by_us + len(ours.scores),
+            by_them + len(found.scores),
+            by_restatement + len(again.scores),
+        )
+        empty += len(_with_empty(model, picture).scores) - len(found.scores)
+        lost += len(theirs.without_twin(ours, expected)) + len(theirs.without_twin(expected, ours))
+    print(f"  {len(pictures)} pictures; {by_us} objects by us, {by_them} by mmdetection; {lost} without a twin")
+    print(f"  boxes that mmdetection drops because they are outside of the picture: {empty}")
+    print(f"  largest differences to mmdetection: {here}")
+    print(f"  the restatement ({by_restatement} objects): {restated}")
+    assert by_them >= 100 * len(pictures), "weights that find nothing prove nothing"
+    assert empty > 0 or case.spread == 1.0
+
+
+def _by_anchor(logits: Tensor, num_classes: int) -> Tensor:
+    """(9 * K, H, W) to (H * W * 9, K)."""
+    return torch.unflatten(logits, 0, (9, num_classes)).permute(2, 3, 0, 1).reshape(-1, num_classes)
+
+
+def _summary(content: dict[str, Any]) -> str:
+    text = f"{', '.join(content)}; meta of {', '.join(content['meta'])}"
+    if "message_hub" in content:
+        histories = list(content["message_hub"]["log_scalars"].values())
+        assert {type(history).__name__ for history in histories} == {"HistoryBuffer"}
+        text += f"; {len(histories)} histories of {sum(len(history.data[0]) for history in histories)} numbers"
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check every case, or those named."""
+    names = (sys.argv[1:] if argv is None else argv) or list(CASES)
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        print(f"cases are {', '.join(CASES)}, got {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    os.environ["COLUMNS"] = "110"
+    warnings.simplefilter("ignore")  # of mmengine and mmcv about themselves
+    logging.disable(logging.WARNING)
+    start_mmdet()
+    failed = []
+    for name in names:
+        print(f"{name}: {CASES[name].config}", flush=True)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                check(CASES[name], Path(folder))
+        except Exception:  # noqa: BLE001 -- whatever goes wrong in one case, the others are still of interest
+            traceback.print_exc(file=sys.stdout)
+            failed.append(name)
+    print(f"FAILED: {', '.join(failed)}" if failed else f"all {len(names)} cases agree with mmdetection")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Turn another program's RetinaNet into a checkpoint of ours, or ours into one that torchvision loads.
+
+python tools/convert_weights.py SRC DST.pt [--source torchvision|detectron2|mmdet] [key=value ...]
+python tools/convert_weights.py CHECKPOINT.pt DST.pth --to torchvision
+
+SRC is recognised by the names of its tensors. What it does not say can be given: --categories, --norm-eps, --style, or any
+setting of the model, the post-processing or the data as key=value. Nothing in SRC is ever run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from detector.config import with_overrides
+from detector.engine.checkpoint import import_checkpoint, load_checkpoint, make_folder, save_checkpoint
+from detector.engine.command_line import command
+from detector.models.foreign import SOURCES, Said, advice_for_torchvision, to_torchvision
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Parse, convert, say what was assumed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("src", type=Path, metavar="SRC", help=".pt, .pth, .pkl, .npz or .safetensors")
+    parser.add_argument("dst", type=Path, metavar="DST", help="file to write; must not exist")
+    parser.add_argument(
+        "--source", choices=["auto", *SOURCES], default="auto", help="whose it is (default: recognise it)"
+    )
+    parser.add_argument("--categories", metavar="FILE.json|A,B,C", help="classes in the order of the outputs")
+    parser.add_argument("--norm-eps", type=float, help="epsilon of the backbone's batch norms")
+    parser.add_argument("--style", choices=["pytorch", "caffe"], help="of mmdetection's backbone and pictures")
+    parser.add_argument("--to", choices=["torchvision"], help="the other direction")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as model.stride_in=3x3")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.dst.exists():
+        parser.error(f"{arguments.dst} exists; remove it or choose another name")
+    if arguments.dst.suffix not in (".pt", ".pth"):
+        parser.error(f"DST must end in .pt or .pth, got {arguments.dst}")
+    make_folder(arguments.dst.parent)
+    if arguments.to == "torchvision":
+        state = load_checkpoint(arguments.src)
+        torch.save(to_torchvision(state.weights, state.config.model, state.categories), arguments.dst)
+        print(f"{arguments.dst}: a state dict for torchvision")
+        print("\n".join(advice_for_torchvision(state.config.model, state.categories)))
+        return 0
+    said = Said(
+        None if arguments.source == "auto" else arguments.source,
+        arguments.categories,
+        arguments.norm_eps,
+        arguments.style,
+    )
+    state = import_checkpoint(arguments.src, said=said)
+    state.config = with_overrides(state.config, arguments.overrides)
+    save_checkpoint(state, arguments.dst)
+    print("\n".join(state.origin))
+    names = state.categories.names
+    print(
+        f"{arguments.dst}: {state.config.model.backbone}, {len(names)} classes ({', '.join(names[:4])}{', ...' * (len(names) > 4)})\n"
+        "next:\n"
+        f"  python tools/predict.py --checkpoint {arguments.dst} PICTURES --output-dir DIR\n"
+        f"  python tools/train.py --config configs/finetune_from_coco.yaml --init-from {arguments.dst}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
