@@ -30,11 +30,13 @@ def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
     return torch.cat([shift / anchor_size, torch.log(size / anchor_size)], dim=-1)
 
 
-def decode(deltas: Tensor, anchors: Tensor) -> Tensor:
-    """The inverse of `encode`, with dw and dh bounded by `MAX_LOG_SIZE`; (..., 4) each."""
+def decode(deltas: Tensor, anchors: Tensor, *, bound_shrinking: bool = False) -> Tensor:
+    """The inverse of `encode`, with dw and dh bounded by `MAX_LOG_SIZE`, and, as in mmdetection, by its negative if
+    `bound_shrinking`; (..., 4) each."""
     anchor_size = anchors[..., 2:] - anchors[..., :2]
     center = anchors[..., :2] + 0.5 * anchor_size + deltas[..., :2] * anchor_size
-    half = 0.5 * anchor_size * torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SIZE))
+    log_size = deltas[..., 2:].clamp(min=-MAX_LOG_SIZE if bound_shrinking else None, max=MAX_LOG_SIZE)
+    half = 0.5 * anchor_size * torch.exp(log_size)
     return torch.cat([center - half, center + half], dim=-1)
 
 

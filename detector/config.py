@@ -201,6 +201,7 @@ class PostprocessConfig(Section):
     # Boxes are cut off at the picture's border before suppression (torchvision, mmdetection) or after it (detectron2).
     clip: Literal["before_nms", "after_nms"] = "before_nms"
     drop_empty: bool = False  # boxes of which nothing lies in the picture (detectron2 and mmdetection drop them)
+    bound_shrinking: bool = False  # boxes are at least 1/62.5 as wide and high as their anchor (mmdetection)
 
 
 class SplitConfig(Section):

@@ -25,6 +25,7 @@ def postprocess(
     detections_per_img: int = 100,
     clip: Literal["before_nms", "after_nms"] = "before_nms",
     drop_empty: bool = False,
+    bound_shrinking: bool = False,
 ) -> list[Detections]:
     """Best candidates per level, decoded, clipped, thinned by non-maximum suppression within each class.
 
@@ -40,6 +41,7 @@ def postprocess(
         detections_per_img: at most so many are returned.
         clip: whether boxes are cut off at the picture's border before or after the suppression.
         drop_empty: leave out boxes of which nothing lies in the picture (before the suppression, if they are clipped then).
+        bound_shrinking: see `boxes.decode`.
     """
     results = []
     sizes = image_sizes.tolist()
@@ -50,7 +52,7 @@ def postprocess(
         for logits, deltas, anchors in zip(outputs.cls_logits, outputs.box_deltas, level_anchors, strict=True):
             score, entry = _best_candidates(logits[image], score_thresh, topk_candidates)
             anchor = torch.div(entry, logits.shape[-1], rounding_mode="floor")
-            boxes.append(decode(deltas[image, anchor].float(), anchors[anchor]))
+            boxes.append(decode(deltas[image, anchor].float(), anchors[anchor], bound_shrinking=bound_shrinking))
             scores.append(score)
             labels.append(entry % logits.shape[-1])
         found = torch.cat(boxes), torch.cat(scores), torch.cat(labels)

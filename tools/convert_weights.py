@@ -24,6 +24,14 @@ from detector.engine.command_line import command
 from detector.models.foreign import SOURCES, Said, advice_for_torchvision, to_torchvision
 
 
+def four_numbers(text: str) -> tuple[float, float, float, float]:
+    """For argparse, which tells a ValueError as the user's mistake."""
+    x, y, w, h = (float(number) for number in text.split(","))
+    if min(x, y, w, h) <= 0:
+        raise ValueError
+    return x, y, w, h
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """Parse, convert, say what was assumed."""
@@ -36,6 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--categories", metavar="FILE.json|A,B,C", help="classes in the order of the outputs")
     parser.add_argument("--norm-eps", type=float, help="epsilon of the backbone's batch norms")
     parser.add_argument("--style", choices=["pytorch", "caffe"], help="of mmdetection's backbone and pictures")
+    parser.add_argument(
+        "--box-weights",
+        metavar="X,Y,W,H",
+        type=four_numbers,
+        help="what predicted boxes are divided by (default: 1,1,1,1)",
+    )
     parser.add_argument("--to", choices=["torchvision"], help="the other direction")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as model.stride_in=3x3")
     arguments = parser.parse_intermixed_args(argv)
@@ -55,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.categories,
         arguments.norm_eps,
         arguments.style,
+        arguments.box_weights,
     )
     state = import_checkpoint(arguments.src, said=said)
     state.config = with_overrides(state.config, arguments.overrides)

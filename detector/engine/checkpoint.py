@@ -141,7 +141,12 @@ def import_checkpoint(path: Path, content: Any = None, said: Said | None = None)
         WeightsError: it cannot be taken over.
     """
     imported = import_detector(path, content, said)
-    settings = {"model": imported.model.model_dump(), "postprocess": imported.postprocess.model_dump()}
+    settings: dict[str, Any] = {
+        "model": imported.model.model_dump(),
+        "postprocess": imported.postprocess.model_dump(),
+    }
+    if imported.sizes is not None:
+        settings["data"] = {"min_size": imported.sizes[0], "max_size": imported.sizes[1]}
     return TrainState(
         config=config_from_dict(json.loads(json.dumps(settings)), str(path)),
         categories=imported.categories,

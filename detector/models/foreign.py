@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -44,6 +44,9 @@ class Said:
     """A COCO file, or names separated by commas."""
     norm_eps: float | None = None
     style: Style | None = None
+    box_weights: tuple[float, float, float, float] | None = None
+    """What the box subnet's numbers are to be divided by: detectron2's BBOX_REG_WEIGHTS, the inverse of mmdetection's
+    target_stds."""
 
 
 class Imported(NamedTuple):
@@ -54,6 +57,8 @@ class Imported(NamedTuple):
     postprocess: PostprocessConfig
     categories: Categories
     weights: dict[str, Tensor]
+    sizes: tuple[int, int] | None
+    """Short side of pictures and bound of the long one, where the file says it."""
     notes: list[str]
     """What was assumed, dropped or converted."""
 
@@ -69,6 +74,8 @@ class _Facts:
     model: dict[str, Any] = field(default_factory=dict)
     """Settings of `ModelConfig` that the file or its kind decides."""
     postprocess: dict[str, Any] = field(default_factory=dict)
+    sizes: tuple[int, int] | None = None
+    box_weights: Sequence[float] | None = None
 
 
 def is_foreign(content: Any) -> bool:
@@ -100,6 +107,7 @@ def import_detector(path: Path, content: Any = None, said: Said | None = None) -
     _describe_build(renamed, facts)
     weights = _in_towers(renamed)
     weights = _in_our_order(weights, layout.anchor_axes)
+    _divide_boxes(weights, said.box_weights or facts.box_weights, facts)
     weights, categories = _with_our_classes(weights, source, facts)
     try:
         model = ModelConfig(**facts.model)
@@ -108,7 +116,9 @@ def import_detector(path: Path, content: Any = None, said: Said | None = None) -
         told = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise WeightsError(f"{path} holds tensors of shapes that no RetinaNet has ({told})") from None
     _require_whole(weights, unknown, model, len(categories), facts)
-    return Imported(source, model, PostprocessConfig(**facts.postprocess), categories, weights, facts.notes)
+    return Imported(
+        source, model, PostprocessConfig(**facts.postprocess), categories, weights, facts.sizes, facts.notes
+    )
 
 
 # ---- recognising ------------------------------------------------------------------------------------------------
@@ -235,6 +245,7 @@ MMDET: Rename = (
     (rf"bbox_head\.(cls|reg)_convs\.(\d+)\.conv\.{_WB}", lambda m: _tower(m[1], "conv", m[2], m[3])),
     (rf"bbox_head\.(cls|reg)_convs\.(\d+)\.gn\.{_WB}", lambda m: _tower(m[1], "norm", m[2], m[3])),
     (r"data_preprocessor\..+", DROP),
+    (r"bbox_head\.loss_(cls|bbox)\..+", DROP),  # what GHM remembers of gradients
 )
 
 
@@ -354,8 +365,10 @@ def _check_cell_anchors(tensors: Mapping[str, Tensor], facts: _Facts) -> None:
 
 
 def _describe_mmdet(_: Mapping[str, Tensor], renamed: dict[str, Tensor], facts: _Facts) -> None:
-    """References: mmdetection's configs/_base_/models/retinanet_r50_fpn.py, models/dense_heads/anchor_head.py, models/necks/fpn.py."""
-    style = facts.said.style or _mmdet_style(facts)
+    """References: mmdetection's configs/_base_/models/retinanet_r50_fpn.py, models/dense_heads/anchor_head.py,
+    models/necks/fpn.py, models/task_modules/coders/delta_xywh_bbox_coder.py."""
+    text = _mmdet_config(facts)
+    style = facts.said.style or _mmdet_style(text, facts)
     caffe = style == "caffe"
     for name in [k for k in renamed if k.endswith("num_batches_tracked")]:
         del renamed[name]  # mmdetection trains with norm_eval: the statistics stand still
@@ -371,12 +384,19 @@ def _describe_mmdet(_: Mapping[str, Tensor], renamed: dict[str, Tensor], facts: 
         "resize": "cv2_bilinear",
         "pad": "batch_max_32",
     }
-    facts.postprocess |= {"drop_empty": True}
+    facts.postprocess |= {"drop_empty": True, "bound_shrinking": True}
+    if facts.said.style is None:
+        _read_mmdet_pictures(text, facts)
+    _read_mmdet_boxes(text, facts)
 
 
-def _mmdet_style(facts: _Facts) -> Style:
+def _mmdet_config(facts: _Facts) -> str:
+    """The text of the config that such a file may carry (`config` in 2.x, `cfg` in 3.x)."""
     meta = facts.content.get("meta") if isinstance(facts.content, Mapping) else None
-    text = " ".join(str(meta.get(key, "")) for key in ("config", "cfg")) if isinstance(meta, Mapping) else ""
+    return " ".join(str(meta.get(key, "")) for key in ("config", "cfg")) if isinstance(meta, Mapping) else ""
+
+
+def _mmdet_style(text: str, facts: _Facts) -> Style:
     stated = re.search(r"""style['"]?\s*[=:]\s*['"](pytorch|caffe)['"]""", text)
     if stated:
         return "caffe" if stated[1] == "caffe" else "pytorch"
@@ -386,6 +406,43 @@ def _mmdet_style(facts: _Facts) -> Style:
         "(tools/convert_weights.py --style pytorch|caffe)"
     )
     return style
+
+
+_THREE = r"['\"]?\s*[=:]\s*[\[(]\s*([-\d.]+),\s*([-\d.]+),\s*([-\d.]+),?\s*[\])]"
+
+
+def _read_mmdet_pictures(text: str, facts: _Facts) -> None:
+    """Mean, deviation, order of channels and test size, as far as the config in the file says them."""
+    for key, setting in (("mean", "pixel_mean"), ("std", "pixel_std")):
+        stated = re.search(rf"\b{key}{_THREE}", text)
+        if stated:
+            facts.model[setting] = tuple(float(x) for x in stated.groups())
+    order = re.search(r"\b(?:bgr_to_rgb|to_rgb)['\"]?\s*[=:]\s*(True|False|true|false)", text)
+    if order:
+        facts.model["channel_order"] = "rgb" if order[1].lower() == "true" else "bgr"
+    _, _, pipeline = text.partition("test_pipeline")
+    size = re.search(r"scale['\"]?\s*[=:]\s*[\[(]\s*(\d+),\s*(\d+)\s*,?\s*[\])]", pipeline)
+    if size:
+        short, long = sorted((int(size[1]), int(size[2])))
+        facts.sizes = (short, long)
+
+
+def _read_mmdet_boxes(text: str, facts: _Facts) -> None:
+    """How boxes are coded, as far as the config in the file says it."""
+    meta = facts.content.get("meta") if isinstance(facts.content, Mapping) else None
+    version = str(meta.get("mmdet_version", "")) if isinstance(meta, Mapping) else ""
+    if version.startswith(("0.", "1.")) or re.search(r"Legacy(AnchorGenerator|DeltaXYWHBBoxCoder)", text):
+        raise WeightsError(
+            f"{facts.path} is a network of mmdetection 1.x, whose boxes are a pixel larger and whose anchors lie otherwise; "
+            "it cannot be taken over"
+        )
+    four = r"['\"]?\s*[=:]\s*[\[(]\s*([-\d.]+),\s*([-\d.]+),\s*([-\d.]+),\s*([-\d.]+),?\s*[\])]"
+    means = re.search(rf"target_means{four}", text)
+    if means and any(float(x) for x in means.groups()):
+        raise WeightsError(f"{facts.path}: target_means must be 0, got {means[0]}; such boxes cannot be taken over")
+    deviations = re.search(rf"target_stds{four}", text)
+    if deviations:
+        facts.box_weights = [1 / float(x) for x in deviations.groups()]
 
 
 NEEDED = {
@@ -523,6 +580,20 @@ def _in_our_order(weights: dict[str, Tensor], axes: Literal["ratio, scale", "sca
             rows = torch.unflatten(weights[name], 0, (3, 3, -1))
             weights[name] = rows.transpose(0, 1).flatten(0, 2).contiguous()
     return weights
+
+
+def _divide_boxes(weights: dict[str, Tensor], divisors: Sequence[float] | None, facts: _Facts) -> None:
+    """Our boxes are coded with weights of 1; others' go into the rows of the last convolution."""
+    if divisors is None or all(abs(divisor - 1) < 1e-9 for divisor in divisors):
+        return
+    factors = 1 / torch.tensor(divisors, dtype=torch.float64)
+    for kind in ("weight", "bias"):
+        rows = torch.unflatten(weights[f"box_subnet.predictor.{kind}"], 0, (9, 4))
+        shape = (1, 4, *[1] * (rows.dim() - 2))
+        weights[f"box_subnet.predictor.{kind}"] = (rows * factors.view(shape)).float().flatten(0, 1)
+    facts.notes.append(
+        f"boxes coded with weights {', '.join(f'{d:g}' for d in divisors)}: put into the last convolution"
+    )
 
 
 def _with_our_classes(

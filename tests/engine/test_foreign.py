@@ -35,13 +35,13 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def annotations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def new_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_coco(tmp_path_factory.mktemp("pictures") / "new.json", 4, seed=3, classes=CLASSES)
 
 
-def config_of(folder: Path, annotations: Path, theirs: Path, model: dict[str, Any] | None = None, **more: Any) -> Path:
+def config_of(folder: Path, new_data: Path, theirs: Path, model: dict[str, Any] | None = None, **more: Any) -> Path:
     """A recipe that says of the model only what is given."""
-    data = TinyData(annotations, annotations)
+    data = TinyData(new_data, new_data)
     path = write_config(folder / "c.yaml", data, **{**SHORT, "train__init_from": str(theirs), **more})
     values = yaml.safe_load(path.read_text())
     values["model"] = model or {}
@@ -50,11 +50,11 @@ def config_of(folder: Path, annotations: Path, theirs: Path, model: dict[str, An
 
 
 def test_a_foreign_detector_is_fine_tuned_as_it_is(
-    theirs: Path, annotations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    theirs: Path, new_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Everything it computes stays; class rows are moved by name and anchor, new ones start from the prior."""
     monkeypatch.setenv("COLUMNS", "200")
-    path = config_of(tmp_path, annotations, theirs)
+    path = config_of(tmp_path, new_data, theirs)
     train(load_config(path), tmp_path / "run")
     said = capsys.readouterr().out
     assert "weights of mmdet's RetinaNet from retinanet_r18.pth" in said
@@ -75,26 +75,26 @@ def test_a_foreign_detector_is_fine_tuned_as_it_is(
     torch.testing.assert_close(torch.sigmoid(bias[:, 3]), torch.full((9,), 0.01))
 
 
-def test_the_run_goes_on_without_the_foreign_file(theirs: Path, annotations: Path, tmp_path: Path) -> None:
+def test_the_run_goes_on_without_the_foreign_file(theirs: Path, new_data: Path, tmp_path: Path) -> None:
     source = tmp_path / "source.pth"
     source.write_bytes(theirs.read_bytes())
-    path = config_of(tmp_path, annotations, source, train__epochs=2)
+    path = config_of(tmp_path, new_data, source, train__epochs=2)
     train(load_config(path), tmp_path / "run")
     source.unlink()
     assert train_tool(["--config", str(path), "--output-dir", str(tmp_path / "run"), "--resume", "auto"]) == 0
 
 
 @pytest.mark.parametrize("resize", ["float_bilinear", "pil_bilinear"])
-def test_training_sees_pictures_as_the_model_says(resize: str, theirs: Path, annotations: Path, tmp_path: Path) -> None:
-    path = config_of(tmp_path, annotations, theirs, {"resize": resize}, data__hflip=1.0, optim__lr=1e-3)
+def test_training_sees_pictures_as_the_model_says(resize: str, theirs: Path, new_data: Path, tmp_path: Path) -> None:
+    path = config_of(tmp_path, new_data, theirs, {"resize": resize}, data__hflip=1.0, optim__lr=1e-3)
     train(load_config(path), tmp_path / "run")
     assert last_checkpoint(tmp_path / "run").config.model.resize == resize
 
 
 def test_other_pictures_than_the_network_is_used_to_are_warned_of(
-    theirs: Path, annotations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    theirs: Path, new_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = config_of(tmp_path, annotations, theirs, {"resize": "area", "pixel_std": [1.0, 1.0, 1.0]})
+    path = config_of(tmp_path, new_data, theirs, {"resize": "area", "pixel_std": [1.0, 1.0, 1.0]})
     train(load_config(path), tmp_path / "run")
     said = " ".join(capsys.readouterr().out.split())
     assert "has seen its pictures otherwise" in said
@@ -103,10 +103,10 @@ def test_other_pictures_than_the_network_is_used_to_are_warned_of(
 
 
 def test_other_anchors_are_taken_over_where_they_agree(
-    theirs: Path, annotations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    theirs: Path, new_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    path = config_of(tmp_path, annotations, theirs, {"anchors": {"ratios": [0.5, 3.0, 2.0]}})
+    path = config_of(tmp_path, new_data, theirs, {"anchors": {"ratios": [0.5, 3.0, 2.0]}})
     train(load_config(path), tmp_path / "run")
     assert "the other anchors differ" in capsys.readouterr().out
     source, state = import_detector(theirs), last_checkpoint(tmp_path / "run")
@@ -125,14 +125,14 @@ def test_other_anchors_are_taken_over_where_they_agree(
     ],
 )
 def test_contradictions_name_both_values(
-    model: dict[str, Any], told: str, theirs: Path, annotations: Path, tmp_path: Path
+    model: dict[str, Any], told: str, theirs: Path, new_data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=told):
-        train(load_config(config_of(tmp_path, annotations, theirs, model)), tmp_path / "run")
+        train(load_config(config_of(tmp_path, new_data, theirs, model)), tmp_path / "run")
 
 
-def test_a_foreign_file_cannot_be_resumed(theirs: Path, annotations: Path, tmp_path: Path) -> None:
-    path = config_of(tmp_path, annotations, theirs, train__init_from=None)
+def test_a_foreign_file_cannot_be_resumed(theirs: Path, new_data: Path, tmp_path: Path) -> None:
+    path = config_of(tmp_path, new_data, theirs, train__init_from=None)
     with pytest.raises(CheckpointError, match="weights only and cannot be resumed; use --init-from"):
         train(load_config(path), tmp_path / "run", resume=str(theirs))
 
@@ -152,7 +152,7 @@ def test_a_foreign_file_is_scored_as_it_is(theirs: Path, tmp_path: Path, capsys:
     assert found
 
 
-def test_a_file_that_is_no_detector_is_told(annotations: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_detector_is_told(new_data: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": {"bbox_head.retina_cls.weight": torch.ones(3)}}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="lacks what every RetinaNet of mmdet has"):
         load_checkpoint(tmp_path / "w.pth")

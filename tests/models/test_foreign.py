@@ -162,6 +162,69 @@ def test_the_style_is_read_or_assumed_aloud(
         assert any("style is assumed" in note for note in imported.notes) == assumed
 
 
+V2_CONFIG = """
+img_norm_cfg = dict(mean=[102.9801, 115.9465, 122.7717], std=[1.0, 1.0, 1.0], to_rgb=False)
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='MultiScaleFlipAug', img_scale=(1000, 600), flip=False)]
+model = dict(backbone=dict(style='pytorch'))
+"""
+V3_CONFIG = """
+model = dict(
+    data_preprocessor=dict(
+        bgr_to_rgb=False, mean=[103.53, 116.28, 123.675,], std=[57.375, 57.12, 58.395,]),
+    backbone=dict(style='pytorch'))
+train_pipeline = [dict(scale=(300, 200))]
+test_pipeline = [dict(type='Resize', keep_ratio=True, scale=(640, 640,))]
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "order", "mean", "std", "sizes"),
+    [
+        (V2_CONFIG, "bgr", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0), (600, 1000)),
+        (V3_CONFIG, "bgr", (103.53, 116.28, 123.675), (57.375, 57.12, 58.395), (640, 640)),
+        ("style='caffe'", "bgr", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), (800, 1333)),
+    ],
+    ids=["2.x", "3.x", "silent"],
+)
+def test_what_the_config_in_a_file_says_of_pictures_is_believed(
+    text: str, order: str, mean: Any, std: Any, sizes: tuple[int, int], small: State, tmp_path: Path
+) -> None:
+    torch.save({"meta": {"cfg": text}, "state_dict": small}, tmp_path / "w.pth")
+    config = load_checkpoint(tmp_path / "w.pth").config
+    assert (config.model.channel_order, config.model.pixel_mean, config.model.pixel_std) == (order, mean, std)
+    assert (config.data.min_size, config.data.max_size) == sizes
+
+
+@pytest.mark.parametrize("told", ["cfg", "said"])
+def test_boxes_coded_otherwise_are_recoded(told: str, small: State, tmp_path: Path) -> None:
+    """FreeAnchor's, which has RetinaNet's tensors."""
+    text = "bbox_coder=dict(target_means=[.0, .0, .0, .0], target_stds=[0.1, 0.1, 0.2, 0.2])" if told == "cfg" else ""
+    said = (10.0, 10.0, 5.0, 5.0) if told == "said" else None
+    imported = import_of({"meta": {"cfg": text}, "state_dict": small}, tmp_path, box_weights=said)
+    factors = torch.tensor([0.1, 0.1, 0.2, 0.2])
+    rows = torch.unflatten(small["bbox_head.retina_reg.weight"], 0, (9, 4)) * factors.view(1, 4, 1, 1, 1)
+    torch.testing.assert_close(imported.weights["box_subnet.predictor.weight"], rows.flatten(0, 1))
+    assert any("boxes coded with weights 10, 10, 5, 5" in note for note in imported.notes)
+
+
+@pytest.mark.parametrize(
+    ("meta", "told"),
+    [
+        ({"cfg": "anchor_generator=dict(type='LegacyAnchorGenerator')"}, "of mmdetection 1.x"),
+        ({"mmdet_version": "1.2.0+abc"}, "of mmdetection 1.x"),
+        ({"cfg": "target_means=[0.1, 0.0, 0.0, 0.0]"}, "target_means must be 0"),
+    ],
+)
+def test_networks_that_would_be_misread_are_refused(meta: Any, told: str, small: State, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=told):
+        import_of({"meta": meta, "state_dict": small}, tmp_path)
+
+
+def test_what_ghm_remembers_is_no_part_of_the_network(small: State, tmp_path: Path) -> None:
+    extra = {f"bbox_head.loss_{kind}.edges": torch.linspace(0, 1, 11) for kind in ("cls", "bbox")}
+    assert import_of({"state_dict": {**small, **extra}}, tmp_path).model.backbone == "resnet18"
+
+
 def test_detectron2s_own_mean_is_believed(zoo: State, tmp_path: Path) -> None:
     state = {**zoo, "pixel_mean": torch.tensor([1.0, 2, 3]).view(3, 1, 1), "pixel_std": torch.full((3, 1, 1), 57.0)}
     model = import_of({"model": state}, tmp_path).model

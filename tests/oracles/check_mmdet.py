@@ -14,8 +14,9 @@ mmdetection needs an environment of its own, made from the root of the repositor
 
     OMP_NUM_THREADS=1 ../mmdet-venv/bin/python -m tests.oracles.check_mmdet [r50 caffe r18 x101]
 
-Minutes on one core; the exit code is 0 if everything agrees. mmcv-lite lacks mmcv's compiled operations, so `mmcv.ops`
-is a stand-in here, in which only the suppression (by torchvision) does anything: a RetinaNet on a CPU uses no other.
+About a minute on one core; the exit code is 0 if everything agrees. mmcv-lite lacks mmcv's compiled operations, so
+`mmcv.ops` is a stand-in here, in which only the suppression (by torchvision) does anything: a RetinaNet on a CPU uses
+no other.
 """
 
 from __future__ import annotations
@@ -329,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     names = (sys.argv[1:] if argv is None else argv) or list(CASES)
     unknown = [name for name in names if name not in CASES]
     if unknown:
-        print(f"cases are {', '.join(CASES)}, got {', '.join(unknown)}", file=sys.stderr)
+        print(f"cases must be among {', '.join(CASES)}, got {', '.join(unknown)}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
     os.environ["COLUMNS"] = "110"
