@@ -60,6 +60,15 @@ def pairwise_intersection(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     return width * height
 
 
+def overlap(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Intersection over union of (..., 4) with (..., 4) boxes, each with its counterpart: (...); 0 where one is empty."""
+    top_left = torch.maximum(boxes1[..., :2], boxes2[..., :2])
+    size = (torch.minimum(boxes1[..., 2:], boxes2[..., 2:]) - top_left).clamp(min=0)
+    inter = size[..., 0] * size[..., 1]
+    union = area(boxes1) + area(boxes2) - inter
+    return torch.where(inter > 0, inter / union, inter)
+
+
 def area(boxes: Tensor) -> Tensor:
     """(..., 4) to (...), square pixels."""
     left, top, right, bottom = boxes.unbind(-1)

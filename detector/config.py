@@ -53,6 +53,9 @@ class HeadConfig(Section):
     )
     bias_before_norm: bool = False  # the convolutions keep their bias although gn has one (detectron2)
     prior_prob: Annotated[float, Field(gt=0, lt=1)] = 0.01  # score of every anchor before training (section 4.1)
+    # sigmoid: one yes or no for each class. softmax: one class or the background, which has an output of its own; before
+    # training the classes share prior_prob.
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"
 
 
 class AnchorConfig(Section):
@@ -177,11 +180,28 @@ class MatchingConfig(Section):
 
 
 class LossConfig(Section):
-    """Focal loss on all anchors plus a box loss on the positive ones (Lin et al. 2017, section 3)."""
+    """A class loss on all anchors plus a box loss on the positive ones (Lin et al. 2017, section 3)."""
 
-    cls: Literal["focal"] = "focal"
-    alpha: Fraction | None = 0.25  # weight of positives, 1 - alpha of negatives; null: both 1
+    # focal, and focal_star (appendix A); what they are compared with: ohem (section 5.1) and bootstrap, both with cross
+    # entropy; ghm (Li et al. 2019), quality_focal (Li et al. 2020), varifocal (Zhang et al. 2021), poly1_focal (Leng et
+    # al. 2022). Cross entropy is focal with gamma 0.
+    cls: Literal["focal", "focal_star", "poly1_focal", "quality_focal", "varifocal", "ghm", "ohem", "bootstrap"] = (
+        "focal"
+    )
+    # A number weighs positives by alpha and negatives by 1 - alpha; null: both 1. A list weighs the positives of each class
+    # (negatives 1), and so do inverse_frequency and effective_number, which count the objects of data.train.
+    alpha: Fraction | tuple[NonNegative, ...] | Literal["inverse_frequency", "effective_number"] | None = 0.25
+    alpha_exponent: NonNegative = 1.0  # of inverse_frequency
+    alpha_beta: Annotated[float, Field(ge=0, lt=1)] = 0.999  # of effective_number (Cui et al. 2019)
+    negative_weight: NonNegative | None = None  # of negatives; null: as alpha says
     gamma: NonNegative = 2.0  # 0 is cross entropy
+    star_beta: float = 1.0  # of focal_star
+    poly_epsilon: float = 1.0  # of poly1_focal
+    ghm_bins: PositiveInt = 10  # of ghm
+    ohem_batch: PositiveInt = 256  # of ohem: anchors kept of an image
+    ohem_nms_thresh: Fraction = 0.7  # overlap with a harder anchor that removes one beforehand
+    ohem_negatives_per_positive: PositiveInt | None = None  # 3 for the paper's 1:3; null: no ratio
+    bootstrap_fraction: Annotated[float, Field(gt=0, le=1)] = 0.01  # of bootstrap: the share of anchors kept
     box: Literal["smooth_l1", "l1", "giou"] = "smooth_l1"
     # Where smooth L1 turns from square to straight, in encoded units. The paper is silent; its code used 1/9.
     smooth_l1_beta: Positive = 1 / 9
@@ -189,6 +209,9 @@ class LossConfig(Section):
     # global: sums over the whole optimizer step divided by its positive anchors (the paper); per_image: each image
     # by its own, then the mean of images (torchvision).
     normalizer: Literal["global", "per_image"] = "global"
+
+
+SOFTMAX_FORMS = ("focal", "focal_star", "ohem", "bootstrap")
 
 
 class PostprocessConfig(Section):
@@ -342,6 +365,10 @@ class Config(Section):
             raise ValueError(
                 f"train.micro_batch must not exceed train.batch_size, got {self.train.micro_batch} > "
                 f"{self.train.batch_size}"
+            )
+        if self.model.head.activation == "softmax" and self.loss.cls not in SOFTMAX_FORMS:
+            raise ValueError(
+                f"loss.cls must be one of {', '.join(SOFTMAX_FORMS)} with model.head.activation softmax, got {self.loss.cls}"
             )
         if max(self.data.train_sizes) > self.data.max_size or self.data.eval_size > self.data.max_size:
             raise ValueError(

@@ -46,10 +46,13 @@ def postprocess(
     results = []
     sizes = image_sizes.tolist()
     originals = original_sizes.tolist() if original_sizes is not None else sizes
+    level_logits = outputs.cls_logits
+    if outputs.activation == "softmax":
+        level_logits = tuple(one_against_all(logits) for logits in level_logits)
     level_anchors = torch.split(outputs.anchors, [deltas.shape[1] for deltas in outputs.box_deltas])
     for image, (size, original) in enumerate(zip(sizes, originals, strict=True)):
         boxes, scores, labels = [], [], []
-        for logits, deltas, anchors in zip(outputs.cls_logits, outputs.box_deltas, level_anchors, strict=True):
+        for logits, deltas, anchors in zip(level_logits, outputs.box_deltas, level_anchors, strict=True):
             score, entry = _best_candidates(logits[image], score_thresh, topk_candidates)
             anchor = torch.div(entry, logits.shape[-1], rounding_mode="floor")
             boxes.append(decode(deltas[image, anchor].float(), anchors[anchor], bound_shrinking=bound_shrinking))
@@ -65,6 +68,13 @@ def postprocess(
         factors = box.new_tensor([original[1] / size[1], original[0] / size[0]] * 2)
         results.append(Detections(box * factors, score, label))
     return results
+
+
+def one_against_all(logits: Tensor) -> Tensor:
+    """(..., K + 1) logits of a softmax whose last class is the background, to the (..., K) logits whose sigmoids are the
+    probabilities of the other classes."""
+    log_p = torch.log_softmax(logits.float(), dim=-1)[..., :-1]
+    return log_p - torch.log((-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny))
 
 
 def _clipped(

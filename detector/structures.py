@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -61,11 +61,13 @@ class HeadOutputs(NamedTuple):
     """What the network says: per level, finest first, each level row by row and within a cell by anchor."""
 
     cls_logits: tuple[Tensor, ...]
-    """Per level (B, A_l, K), before the sigmoid."""
+    """Per level (B, A_l, K), before the sigmoid; (B, A_l, K + 1), the background last, before a softmax."""
     box_deltas: tuple[Tensor, ...]
     """Per level (B, A_l, 4): dx, dy, dw, dh as in `boxes.encode`."""
     anchors: Tensor
     """(A, 4) float32 xyxy, all levels."""
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"
+    """What makes scores of the logits."""
 
     def all_cls_logits(self) -> Tensor:
         """(B, A, K), the levels one after the other."""

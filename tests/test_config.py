@@ -343,7 +343,11 @@ def test_numbers_must_be_finite(text: str, write: Write) -> None:
         ("train.channels_last", "1", "valid boolean, got 1"),
         ("optim.lr", "false", "valid number, got false"),
         ("optim.lr", "-1", "greater than 0, got -1"),
-        ("loss.alpha", "1.5", "less than or equal to 1, got 1.5"),
+        (
+            "loss.alpha",
+            "1.5",
+            "less than or equal to 1 or a valid array or 'inverse_frequency' or 'effective_number', got 1.5",
+        ),
         ("model.backbone", "resnet51", "'resnet18', .*, got 'resnet51'"),
         ("data.min_size", "abc", "valid integer or a valid array, got 'abc'"),
         ("train.compile", "on", "'auto' or a valid boolean, got 'on'"),

@@ -10,10 +10,15 @@ import torch
 from detector.anchors import AnchorGenerator, best_anchor_iou
 from detector.boxes import area
 from detector.coco_eval import ground_truth_warnings
-from detector.config import Config, ConfigError, SplitConfig
+from detector.config import Config, ConfigError, LossConfig, SplitConfig
 from detector.datasets.coco import CocoDataset, read_coco
 from detector.datasets.transforms import padded_size, resized_size
+from detector.losses import effective_number, inverse_frequency
+from detector.losses.retinanet import ConstantLoss
 from detector.structures import Categories
+
+FIRST_LOSS_TOLERANCE = 0.1
+"""Share by which the first class loss may differ from that of the prior: the class subnet's random weights spread it."""
 
 
 def open_split(
@@ -91,3 +96,54 @@ def coverage_warnings(anchors: AnchorGenerator, coco: CocoDataset, config: Confi
         f"{sides.min():.0f} to {sides.max():.0f} pixels there (median {sides.median():.0f}); larger data.min_size, other "
         "model.anchors.sizes or ratios, or matching.low_quality_matches=true would reach them"
     ]
+
+
+def first_loss_text(constant: ConstantLoss, found: float, num_pos: int) -> tuple[str, bool]:
+    """A line that compares the first class loss with what it must be before anything is learnt, and whether they agree.
+
+    Args:
+        constant: the loss of a network that says its prior of every anchor.
+        found: what the network's first step gave.
+        num_pos: positives that both were divided by.
+    """
+    arithmetic = (
+        f"{constant.background:,} background anchors x {constant.background_loss:.3g} + {constant.positives:,} positive ones x "
+        f"{constant.positive_loss:.3g}, over {max(1, num_pos):,}, gives {constant.total:.3f}"
+    )
+    agrees = abs(found / constant.total - 1) <= FIRST_LOSS_TOLERANCE if constant.total > 0 else found < 1e-3
+    if agrees:
+        return f"the first class loss is {found:.3f}, as it must be at the prior: {arithmetic}", True
+    return (
+        f"the first class loss is {found:.3f}, but at the prior {arithmetic}; look at model.head.prior_prob, at the loss and at "
+        "whether the pictures look as they should (model.pixel_mean, pixel_std)"
+    ), False
+
+
+def class_weights(loss: LossConfig, train_set: CocoDataset) -> list[float] | None:
+    """The weights of positives by class where `loss.alpha` leaves them to the data, or gives one for each class.
+
+    Raises:
+        ConfigError: a list of another length than there are classes.
+    """
+    num_classes = len(train_set.categories)
+    if isinstance(loss.alpha, tuple):
+        if len(loss.alpha) != num_classes:
+            raise ConfigError(
+                f"loss.alpha must give one weight for each of the {num_classes} classes "
+                f"({', '.join(train_set.categories.names[:5])}{', ...' * (num_classes > 5)}), got {len(loss.alpha)}"
+            )
+        return list(loss.alpha)
+    if not isinstance(loss.alpha, str):
+        return None
+    counts = torch.bincount(torch.from_numpy(train_set.boxes().labels), minlength=num_classes)
+    if loss.alpha == "inverse_frequency":
+        weights = inverse_frequency(counts, exponent=loss.alpha_exponent)
+    else:
+        weights = effective_number(counts, beta=loss.alpha_beta)
+    return weights.tolist()
+
+
+def class_weights_text(weights: list[float], train_set: CocoDataset) -> str:
+    """A line for the log."""
+    pairs = zip(train_set.categories.names, weights, strict=True)
+    return "weights of positives by class: " + ", ".join(f"{name} {weight:.3g}" for name, weight in pairs)

@@ -15,7 +15,7 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detector.coco_eval import CocoResults
@@ -31,11 +31,14 @@ from detector.engine.interval import Interval
 from detector.engine.logger import RunLog, duration
 from detector.engine.optim import Ema, build_optimizer, resolve_precision, scaled_lr, warmup_of
 from detector.engine.predict import model_of
+from detector.engine.preflight import class_weights, class_weights_text, first_loss_text
 from detector.losses import RetinaNetLoss, build_loss
+from detector.losses.retinanet import ConstantLoss
+from detector.matching import Matches
 from detector.models import RetinaNet, build_anchors, build_model
 from detector.models.weights import load_backbone_weights, transfer
 from detector.reports.draw import side_by_side
-from detector.structures import Detections
+from detector.structures import Batch, Detections
 
 
 class Run:
@@ -64,7 +67,10 @@ class Run:
         if config.train.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.model.train()
-        self.loss: RetinaNetLoss = build_loss(config)
+        alpha = class_weights(config.loss, train_set)
+        if alpha is not None:
+            self.log.info(class_weights_text(alpha, train_set))
+        self.loss: RetinaNetLoss = build_loss(config, alpha=alpha)
         self.base_lr, self.lr_text = scaled_lr(config.optim, config.train.batch_size)
         self.optimizer = build_optimizer(self.model, config.optim, lr=self.base_lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
@@ -145,6 +151,29 @@ class Run:
         )
         if self.state.step:
             log.info(f"resumed after step {self.state.step} of {total_steps}")
+
+    def check_first_loss(
+        self, batches: Sequence[Batch], matches: Sequence[Matches], found: Tensor, num_pos: Tensor, num_images: Tensor
+    ) -> None:
+        """Compare a fresh network's first class loss with its closed form; say so, or warn."""
+        if self.config.train.init_from is not None:
+            return
+        bias: Any = self.model.cls_subnet.predictor.bias
+        at_prior = bias.detach().view(self.model.anchors.num_per_cell, -1)[0]
+        parts = [
+            self.loss.class_loss_at(at_prior, batch.targets, matched, num_pos=num_pos, num_images=num_images)
+            for batch, matched in zip(batches, matches, strict=True)
+        ]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return
+        background, positives = (sum(part[place] for part in known) for place in (1, 3))
+        mean = sum(part.positives * part.positive_loss for part in known) / max(1, positives)
+        whole = ConstantLoss(
+            sum(part.total for part in known), int(background), known[0].background_loss, int(positives), mean
+        )
+        text, agrees = first_loss_text(whole, float(found), int(num_pos))
+        (self.log.info if agrees else self.log.warn)(text)
 
     @contextlib.contextmanager
     def no_sync(self, *, unless: bool) -> Iterator[None]:
@@ -256,6 +285,7 @@ class Run:
 
 BUILD = (
     "backbone", "norm_eps", "stride_in", "channel_order", "p6_from", "relu_before_p7", "head.norm", "head.bias_before_norm",
+    "head.activation",
 )  # fmt: skip
 """Settings of `model` without which weights mean nothing: the same names and shapes elsewhere are accidents."""
 INPUT = ("pixel_mean", "pixel_std", "resize")

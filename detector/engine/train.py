@@ -174,6 +174,8 @@ def train_one_epoch(run: Run, batches: Iterator[Batch], sampler: TrainSampler, e
                 # DDP takes the mean over processes; the normaliser already is that of all of them
                 run.scaler.scale(total * world).backward()
             losses = {k: v.detach() + losses.get(k, 0.0) for k, v in part.items()}
+        if run.state.step == 0:
+            run.check_first_loss(micro_batches, matches, losses["loss_cls"], num_pos, num_images)
         run.scaler.unscale_(run.optimizer)
         trained = [p for p in run.model.parameters() if p.grad is not None]
         grad_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])

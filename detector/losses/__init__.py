@@ -1,7 +1,32 @@
-"""The focal loss, box losses and the whole RetinaNet loss."""
+"""The focal loss, its family and baselines, box losses and the whole RetinaNet loss."""
 
+from detector.losses.balance import effective_number, inverse_frequency
 from detector.losses.box import box_loss
-from detector.losses.focal import dense_focal_loss, sigmoid_focal_loss
+from detector.losses.class_loss import ClassLoss
+from detector.losses.dense import dense_focal_loss
+from detector.losses.focal import (
+    sigmoid_focal_loss,
+    sigmoid_focal_star_loss,
+    softmax_focal_loss,
+    softmax_focal_star_loss,
+)
+from detector.losses.relatives import ghm_loss, poly1_focal_loss, quality_focal_loss, varifocal_loss
 from detector.losses.retinanet import RetinaNetLoss, build_loss
 
-__all__ = ["RetinaNetLoss", "box_loss", "build_loss", "dense_focal_loss", "sigmoid_focal_loss"]
+__all__ = [
+    "ClassLoss",
+    "RetinaNetLoss",
+    "box_loss",
+    "build_loss",
+    "dense_focal_loss",
+    "effective_number",
+    "ghm_loss",
+    "inverse_frequency",
+    "poly1_focal_loss",
+    "quality_focal_loss",
+    "sigmoid_focal_loss",
+    "sigmoid_focal_star_loss",
+    "softmax_focal_loss",
+    "softmax_focal_star_loss",
+    "varifocal_loss",
+]

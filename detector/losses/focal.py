@@ -1,121 +1,263 @@
-"""The focal loss (Lin et al. 2017, section 3): entry by entry for any use, and summed over dense anchors."""
+"""The focal loss and its family (Lin et al. 2017, section 3 and appendix A), entry by entry, for logits of any origin.
+
+Two activations: sigmoid (every entry is a yes or no of its own: binary and multi-label problems, dense detectors) and
+softmax (one class out of several). With gamma 0 each is its cross entropy. All compute in fp32 (fp64 for fp64 logits)
+whatever they are given, can be differentiated twice, and take the same arguments:
+
+- `alpha`: balance of the two sides (sigmoid: a number weighs positives by alpha and negatives by 1 - alpha; one number per
+  class weighs positives only) or of the classes (softmax: one number per class). None weighs nothing.
+- `weights`: of examples, broadcast against the loss.
+- `ignore`: a mask, broadcast against the loss; True counts for nothing, whatever the logits are.
+- `reduction`: "none"; "sum"; "mean" over what is not ignored, by `weights` (alpha is no part of the denominator);
+  "positives": the sum divided by the number of positives that are not ignored, at least 1 (the paper's, section 4.1).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-CHUNK = 1 << 18
-"""Logits looked at together on a CPU: 1 MiB of fp32, which stays in the cache between the dozen passes over it."""
+Reduction = Literal["none", "sum", "mean", "positives"]
 
 
-def sigmoid_focal_loss(logits: Tensor, targets: Tensor, *, alpha: float | None = 0.25, gamma: float = 2.0) -> Tensor:
+def sigmoid_focal_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    alpha: float | Tensor | None = 0.25,
+    gamma: float = 2.0,
+    negative_weight: float | None = None,
+    weights: Tensor | None = None,
+    ignore: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
     """-alpha_t (1 - p_t)^gamma log(p_t) of every entry (Lin et al. 2017, equation 5).
 
     Args:
-        logits: any shape, before the sigmoid, any floating type (computed in fp32 or wider).
+        logits: any shape, before the sigmoid, any floating type.
         targets: the same shape, 0..1; soft targets mix the two sides linearly.
-        alpha: weight of the positive side, 1 - alpha of the negative; None for the unbalanced form (equation 4).
+        alpha: see above; a tensor broadcasts against the last axis of `logits`.
         gamma: focusing; 0 is (alpha-balanced) cross entropy (equations 1 and 3).
+        negative_weight: of the negative side; None: 1 - alpha for a number, 1 otherwise.
+        weights, ignore, reduction: see above.
 
     Returns:
-        The loss of every entry, in the shape of `logits`, fp32 (fp64 for fp64 logits).
+        The loss of every entry, in the shape of `logits`, or a scalar; fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: shapes that do not go together; gamma below 0.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+    logits = _wide(logits)
+    targets = _as_targets(targets, logits)
+    if gamma < 0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     if gamma > 0:
         # 1 - p_t, from two sigmoids rather than by subtraction so that confident entries keep their digits
         wrong = torch.sigmoid(logits) * (1 - targets) + torch.sigmoid(-logits) * targets
-        loss = loss * wrong.clamp_min(torch.finfo(logits.dtype).tiny) ** gamma
-    if alpha is not None:
-        loss = loss * (alpha * targets + (1 - alpha) * (1 - targets))
-    return loss
+        loss = loss * power(wrong, gamma)
+    loss = _balanced(loss, targets, alpha, negative_weight)
+    return reduce_loss(loss, weights=weights, ignore=ignore, reduction=reduction, positives=targets)
 
 
-def dense_focal_loss(logits: Tensor, labels: Tensor, *, alpha: float | None = 0.25, gamma: float = 2.0) -> Tensor:
-    """The focal loss of a dense head, summed per image, without ever building one-hot targets.
+def sigmoid_focal_star_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    gamma: float = 2.0,
+    beta: float = 1.0,
+    alpha: float | Tensor | None = None,
+    negative_weight: float | None = None,
+    weights: Tensor | None = None,
+    ignore: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
+    """FL* = -log(sigmoid(gamma x_t + beta)) / gamma (Lin et al. 2017, appendix A, equations 6 and 7).
+
+    Cross entropy at gamma 1, beta 0. Arguments as in `sigmoid_focal_loss`.
+
+    Raises:
+        ValueError: shapes that do not go together; gamma not above 0.
+    """
+    logits = _wide(logits)
+    targets = _as_targets(targets, logits)
+    if gamma <= 0:
+        raise ValueError(f"gamma must be above 0, got {gamma}")
+    # softplus(-(gamma x_t + beta)) on both sides, as cross entropies of shifted logits
+    positive = F.softplus(-(gamma * logits + beta)) / gamma
+    negative = F.softplus(gamma * logits - beta) / gamma
+    loss = targets * positive + (1 - targets) * negative
+    loss = _balanced(loss, targets, alpha, negative_weight)
+    return reduce_loss(loss, weights=weights, ignore=ignore, reduction=reduction, positives=targets)
+
+
+def softmax_focal_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    alpha: Tensor | None = None,
+    gamma: float = 2.0,
+    dim: int = -1,
+    background: int | None = None,
+    weights: Tensor | None = None,
+    ignore: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
+    """-alpha_y (1 - p_y)^gamma log(p_y) of every example, p being the softmax (the paper's remark at the end of section 3).
 
     Args:
-        logits: (B, A, K), any floating type; sums are fp32 whatever it is.
-        labels: (B, A) int64: a class 0..K-1, -1 for background (negative for every class), below -1 for ignored
-            (counts for nothing).
-        alpha, gamma: as in `sigmoid_focal_loss`.
+        logits: (..., C), or with the C classes along another axis, see `dim`; any floating type.
+        targets: the shape of `logits` without the class axis, int64: classes 0..C-1; or the shape of `logits`, floating:
+            soft targets, which mix the classes' losses linearly.
+        alpha: (C,) weights of the classes.
+        gamma: focusing; 0 is (weighted) cross entropy.
+        dim: the class axis.
+        background: the class that "positives" does not count.
+        weights, ignore: of examples; shapes that broadcast against the loss.
+        reduction: see above; "positives" needs `background`.
 
     Returns:
-        (B,) fp32. On a CPU the gradient is made along with the loss, in chunks, with one buffer of the logits' size;
-        it can be taken once, and not differentiated again.
+        The loss of every example, in the shape of `logits` without the class axis, or a scalar.
+
+    Raises:
+        ValueError: shapes that do not go together; gamma below 0.
     """
-    weights = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
-    if logits.device.type == "cpu":
-        sums: Tensor = _ChunkedFocalLoss.apply(logits, labels, weights, gamma)
-        return sums
-    return _plain_focal_loss(logits, labels, weights, gamma)
+    if gamma < 0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+
+    def each(log_p: Tensor) -> Tensor:
+        if gamma == 0:
+            return -log_p
+        # 1 - p by expm1, so that confident examples keep their digits
+        return -log_p * power(-torch.expm1(log_p), gamma)
+
+    return _softmax_family(each, logits, targets, alpha, dim, background, weights, ignore, reduction)
 
 
-def _plain_focal_loss(logits: Tensor, labels: Tensor, weights: tuple[float, float], gamma: float) -> Tensor:
-    """`dense_focal_loss` in operations that a compiler fuses on a GPU."""
-    positive = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)
-    x = logits.float()
-    signed = torch.where(positive, -x, x)  # both sides are the same function of the logit of being wrong
-    loss = _power(torch.sigmoid(signed), gamma) * F.softplus(signed) * torch.where(positive, *weights)
-    return torch.where((labels >= -1)[..., None], loss, 0.0).sum(dim=(1, 2))
+def softmax_focal_star_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    gamma: float = 2.0,
+    beta: float = 1.0,
+    alpha: Tensor | None = None,
+    dim: int = -1,
+    background: int | None = None,
+    weights: Tensor | None = None,
+    ignore: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
+    """FL* with x_t = log(p_y / (1 - p_y)), the logit of the true class against all others; cross entropy at gamma 1, beta 0.
 
+    Arguments as in `softmax_focal_loss`.
 
-class _ChunkedFocalLoss(torch.autograd.Function):
-    """Loss and gradient in one pass: every entry as a negative, except the few positive ones, which follow.
-
-    With s = sigmoid(x) and the negative side's loss s^g softplus(x), the derivative is
-    s^g (g (1 - s) softplus(x) + s); the positive side is the same at -x with the sign turned.
+    Raises:
+        ValueError: shapes that do not go together; gamma not above 0.
     """
+    if gamma <= 0:
+        raise ValueError(f"gamma must be above 0, got {gamma}")
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: tuple[float, float], gamma: float) -> Tensor:
-        batch, _, num_classes = logits.shape
-        sums = torch.zeros(batch)
-        # fp16 cannot hold the gradient of an easy negative before GradScaler's factor arrives in `backward`
-        kept = torch.float32 if logits.dtype == torch.float16 else logits.dtype
-        grad = torch.empty_like(logits, dtype=kept, memory_format=torch.contiguous_format)
-        rows = max(1, CHUNK // num_classes)
-        for image in range(batch):
-            chunks = zip(*(torch.split(t[image], rows) for t in (logits, grad, labels)), strict=True)
-            for x, gradient, label in chunks:
-                loss, slope = _loss_and_slope(x.float(), gamma)
-                positive = torch.nonzero(label >= 0).squeeze(1)
-                loss[positive, label[positive]] = 0.0
-                weight = (label >= -1).float() * weights[1]
-                sums[image] += loss.sum(dim=1).dot(weight)
-                gradient.copy_(slope.mul_(weight[:, None]))
-        images, anchors = torch.nonzero(labels >= 0, as_tuple=True)
-        entry = (images, anchors, labels[images, anchors])
-        loss, slope = _loss_and_slope(-logits[entry].float(), gamma)
-        sums.index_add_(0, images, weights[0] * loss)
-        grad[entry] = (-weights[0] * slope).to(grad.dtype)
-        ctx.grad, ctx.dtype = grad, logits.dtype
-        return sums
+    def each(log_p: Tensor) -> Tensor:
+        return F.softplus(-(gamma * logit_of_log(log_p) + beta)) / gamma
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.grad is None:
-            raise RuntimeError("dense_focal_loss keeps one gradient buffer and can be differentiated once, got twice")
-        grad, ctx.grad = ctx.grad, None
-        return grad.mul_(grad_sums[:, None, None]).to(ctx.dtype), None, None, None
+    return _softmax_family(each, logits, targets, alpha, dim, background, weights, ignore, reduction)
 
 
-def _loss_and_slope(x: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """The unweighted loss of a negative with logit x, and its derivative."""
-    s = torch.sigmoid(x)
-    log_term = F.softplus(x)
-    weight = _power(s, gamma)
-    slope = torch.addcmul(s, log_term, 1 - s, value=gamma).mul_(weight)
-    return weight * log_term, slope
+def _softmax_family(
+    each: Callable[[Tensor], Tensor],
+    logits: Tensor,
+    targets: Tensor,
+    alpha: Tensor | None,
+    dim: int,
+    background: int | None,
+    weights: Tensor | None,
+    ignore: Tensor | None,
+    reduction: Reduction,
+) -> Tensor:
+    """`each` gives the loss of log-probabilities of the true class."""
+    logits = _wide(logits).movedim(dim, -1)
+    log_p = torch.log_softmax(logits, dim=-1)
+    if targets.is_floating_point():
+        soft = targets.movedim(dim, -1) if targets.dim() == logits.dim() else targets
+        _require_shape(soft, logits.shape, "targets (soft)")
+        by_class = each(log_p) * soft.to(logits.dtype)
+        loss = (by_class if alpha is None else by_class * alpha.to(by_class)).sum(dim=-1)
+        positives = None if background is None else 1 - soft[..., background]
+    else:
+        _require_shape(targets, logits.shape[:-1], "targets")
+        loss = each(log_p.gather(-1, targets[..., None]).squeeze(-1))
+        if alpha is not None:
+            loss = loss * alpha.to(loss)[targets]
+        positives = None if background is None else (targets != background).to(loss)
+    return reduce_loss(loss, weights=weights, ignore=ignore, reduction=reduction, positives=positives)
 
 
-def _power(x: Tensor, gamma: float) -> Tensor:
+def reduce_loss(
+    loss: Tensor, *, weights: Tensor | None, ignore: Tensor | None, reduction: Reduction, positives: Tensor | None
+) -> Tensor:
+    """Weigh, leave out and sum up losses of any shape; see the head of this module.
+
+    `positives`: how much of a positive each entry is, 0..1, for the reduction of this name.
+
+    Raises:
+        ValueError: "positives" without anything to count.
+    """
+    counted = torch.ones_like(loss) if weights is None else weights.to(loss).expand_as(loss)
+    if weights is not None:
+        loss = loss * counted
+    if ignore is not None:
+        loss = torch.where(ignore, 0.0, loss)
+        counted = torch.where(ignore, 0.0, counted)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        return loss.sum() / counted.sum().clamp(min=torch.finfo(loss.dtype).tiny)
+    if positives is None:
+        raise ValueError('reduction "positives" must know what a positive is: name the background class')
+    if ignore is not None:
+        positives = torch.where(ignore, 0.0, positives)
+    return loss.sum() / positives.sum().clamp(min=1)
+
+
+def power(x: Tensor, gamma: float) -> Tensor:
+    """x^gamma for x >= 0, with a finite slope everywhere."""
     if gamma == 0:
         return torch.ones_like(x)
     return x * x if gamma == 2 else x.clamp_min(torch.finfo(x.dtype).tiny) ** gamma
+
+
+def logit_of_log(log_p: Tensor) -> Tensor:
+    """log(p / (1 - p)) from log(p), finite everywhere."""
+    return log_p - torch.log((-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny))
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _as_targets(targets: Tensor, logits: Tensor) -> Tensor:
+    _require_shape(targets, logits.shape, "targets")
+    return targets.to(logits.dtype)
+
+
+def _require_shape(tensor: Tensor, shape: torch.Size, what: str) -> None:
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{what} must have shape {tuple(shape)} for these logits, got {tuple(tensor.shape)}; the class axis of a softmax "
+            "is the last, or `dim`"
+        )
+
+
+def _balanced(loss: Tensor, targets: Tensor, alpha: float | Tensor | None, negative_weight: float | None) -> Tensor:
+    if alpha is None and negative_weight is None:
+        return loss
+    positive: float | Tensor = 1.0 if alpha is None else alpha.to(loss) if isinstance(alpha, Tensor) else alpha
+    if negative_weight is None:
+        negative_weight = 1.0 if isinstance(alpha, Tensor) or alpha is None else 1 - alpha
+    return loss * (positive * targets + negative_weight * (1 - targets))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from detector.boxes import decode, overlap
 from detector.config import Config
 from detector.losses.box import BoxLoss, box_loss, matched_boxes
-from detector.losses.focal import dense_focal_loss
+from detector.losses.class_loss import ClassLoss
 from detector.matching import Matches, match_anchors
 from detector.structures import HeadOutputs, Targets
 
@@ -19,9 +21,8 @@ class RetinaNetLoss(nn.Module):
 
     def __init__(
         self,
+        class_loss: ClassLoss | None = None,
         *,
-        alpha: float | None = 0.25,
-        gamma: float = 2.0,
         box: BoxLoss = "smooth_l1",
         smooth_l1_beta: float = 1 / 9,
         box_weight: float = 1.0,
@@ -32,8 +33,7 @@ class RetinaNetLoss(nn.Module):
         ignore_regions: bool = True,
     ) -> None:
         super().__init__()
-        self.alpha = alpha
-        self.gamma = gamma
+        self.class_loss = class_loss or ClassLoss()
         self.box: BoxLoss = box
         self.smooth_l1_beta = smooth_l1_beta
         self.box_weight = box_weight
@@ -76,36 +76,87 @@ class RetinaNetLoss(nn.Module):
             {"loss_cls", "loss_box"}, fp32 scalars; exact zeros with a gradient of zeros where there is nothing to learn.
         """
         matches = matches or self.match(outputs.anchors, targets)
-        labels = torch.where(matches.matched >= 0, _labels_of(targets, matches.matched), matches.matched)
-        level_labels = torch.split(labels, [logits.shape[1] for logits in outputs.cls_logits], dim=1)
-        cls = torch.stack(
-            [
-                dense_focal_loss(logits, level, alpha=self.alpha, gamma=self.gamma)
-                for logits, level in zip(outputs.cls_logits, level_labels, strict=True)
-            ]
-        ).sum(dim=0)
+        labels = labels_of(targets, matches)
         wanted = matched_boxes(outputs.anchors, targets.boxes, matches.matched)
         deltas = outputs.all_box_deltas()
+        quality = None
+        if self.class_loss.needs_quality:
+            quality = overlap(decode(deltas.detach().float(), outputs.anchors), wanted)
+        cls = self.class_loss(outputs, labels, quality)
         box = box_loss(deltas, outputs.anchors, wanted, kind=self.box, beta=self.smooth_l1_beta)
         box = torch.where(matches.matched >= 0, box, 0.0).sum(dim=1) * self.box_weight
+        scale, per_image = self._scales(matches, num_pos, num_images)
+        cls_scale = per_image if self.class_loss.is_mean else scale
+        return {"loss_cls": (cls * cls_scale).sum(), "loss_box": (box * scale).sum()}
+
+    def _scales(self, matches: Matches, num_pos: Tensor | None, num_images: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What each image's sum is multiplied by: under the chosen normaliser, and for the mean over images."""
+        device = matches.num_pos.device
+        images = torch.tensor(len(matches.num_pos)) if num_images is None else num_images
+        per_image = 1 / images.to(device).clamp(min=1).float()
         if self.normalizer == "global":
             total = matches.num_pos.sum() if num_pos is None else num_pos
-            scale = 1 / total.clamp(min=1).float()
-        else:
-            images = torch.tensor(len(labels)) if num_images is None else num_images
-            scale = 1 / (matches.num_pos.clamp(min=1).float() * images.to(labels.device).clamp(min=1))
-        return {"loss_cls": (cls * scale).sum(), "loss_box": (box * scale).sum()}
+            return 1 / total.clamp(min=1).float(), per_image
+        return per_image / matches.num_pos.clamp(min=1).float(), per_image
+
+    @torch.no_grad()
+    def class_loss_at(
+        self, bias: Tensor, targets: Targets, matches: Matches, *, num_pos: Tensor, num_images: Tensor
+    ) -> ConstantLoss | None:
+        """The class loss of a network that says the same of every anchor: known in closed form before it has learnt.
+
+        Args:
+            bias: (C,) the logits of every anchor.
+            targets, matches, num_pos, num_images: as in `forward`.
+
+        Returns:
+            None where it depends on more than the labels (chosen anchors, the quality of boxes).
+        """
+        if self.class_loss.is_mean or self.class_loss.needs_quality:
+            return None
+        num_classes = len(bias) - (self.class_loss.activation == "softmax")
+        kinds = torch.arange(-1, num_classes, device=bias.device)
+        each = self.class_loss.each(bias.float().expand(len(kinds), -1), kinds, torch.zeros(len(kinds)))
+        labels = labels_of(targets, matches)
+        counts = torch.stack([(labels == kind).sum(dim=1) for kind in kinds], dim=1)  # (B, 1 + K)
+        scale, _ = self._scales(matches, num_pos, num_images)
+        total = (counts * each).sum(dim=1).mul(scale).sum()
+        background, positives = counts[:, 0].sum(), counts[:, 1:].sum()
+        of_positives = (counts[:, 1:] * each[1:]).sum() / positives.clamp(min=1)
+        return ConstantLoss(float(total), int(background), float(each[0]), int(positives), float(of_positives))
 
 
-def _labels_of(targets: Targets, index: Tensor) -> Tensor:
-    """(B, A) class of each anchor's object; anything where it has none."""
-    labels = torch.nn.functional.pad(targets.labels, (0, 1), value=-1)
-    return labels.gather(1, index.clamp(min=0))
+class ConstantLoss(NamedTuple):
+    """The class loss of a network that says the same of every anchor, and what it is made of."""
+
+    total: float
+    background: int
+    """Anchors of the background."""
+    background_loss: float
+    """Of one of them."""
+    positives: int
+    positive_loss: float
+    """Of one of them, on average."""
 
 
-def build_loss(config: Config) -> RetinaNetLoss:
-    """The loss that a config describes."""
-    return RetinaNetLoss(
-        **config.loss.model_dump(exclude={"cls"}),
-        **config.matching.model_dump(),
-    )
+def labels_of(targets: Targets, matches: Matches) -> Tensor:
+    """(B, A) int64: the class of each anchor's object; BACKGROUND or IGNORED where it has none."""
+    padded = torch.nn.functional.pad(targets.labels, (0, 1), value=-1)
+    labels = padded.gather(1, matches.matched.clamp(min=0))
+    return torch.where(matches.matched >= 0, labels, matches.matched)
+
+
+BOX_SETTINGS = ("box", "smooth_l1_beta", "box_weight", "normalizer")
+
+
+def build_loss(config: Config, *, alpha: Sequence[float] | None = None) -> RetinaNetLoss:
+    """The loss that a config describes; `alpha` are the weights of the classes where the config leaves them to the data."""
+    settings = config.loss.model_dump()
+    box = {key: settings.pop(key) for key in BOX_SETTINGS}
+    for key in ("alpha_exponent", "alpha_beta"):
+        del settings[key]
+    if isinstance(config.loss.alpha, str):
+        assert alpha is not None, "weights of the classes are counted before the loss is built"
+        settings["alpha"] = alpha
+    class_loss = ClassLoss(settings.pop("cls"), activation=config.model.head.activation, **settings)
+    return RetinaNetLoss(class_loss, **box, **config.matching.model_dump())

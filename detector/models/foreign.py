@@ -714,6 +714,7 @@ def to_torchvision(weights: Mapping[str, Tensor], model: ModelConfig, categories
         "model.stride_in": (model.stride_in, "3x3"),
         "model.channel_order": (model.channel_order, "rgb"),
         "model.head.bias_before_norm": (model.head.bias_before_norm, False),
+        "model.head.activation": (model.head.activation, "sigmoid"),
         "model.head.channels": (model.head.channels or model.fpn_channels, model.fpn_channels),
     }
     odd = [f"  {key} is {has}, there it is always {wants}" for key, (has, wants) in rules.items() if has != wants]
@@ -764,7 +765,7 @@ def advice_for_torchvision(model: ModelConfig, categories: Categories) -> list[s
     if model.backbone != "resnet50":
         lines = [f"build it as torchvision does in {name}, around {model.backbone}, num_classes={num_outputs}"]
     if model.norm_eps != 1e-5:
-        lines.append(f"and torchvision.models.detection._utils.overwrite_eps(model, {model.norm_eps})")
+        lines.append(f"and set eps of its norms to {model.norm_eps} (torchvision's overwrite_eps does)")
     if model.resize != "float_bilinear":
         lines.append(f"its pictures will look otherwise: it resizes in floating point, not by {model.resize}")
     if categories != COCO:

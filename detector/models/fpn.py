@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,6 +43,17 @@ class FeaturePyramid(nn.Module):
             lateral = self.lateral[level](features[level])
             merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
             outputs.insert(0, self.output[level](merged))
-        p6 = self.p6(features[-1] if self.p6_from == "c5" else outputs[-1])
-        p7 = self.p7(F.relu(p6) if self.relu_before_p7 else p6)
+        p6 = _strided(self.p6, features[-1] if self.p6_from == "c5" else outputs[-1])
+        p7 = _strided(self.p7, F.relu(p6) if self.relu_before_p7 else p6)
         return [*outputs, p6, p7]
+
+
+def _strided(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 3x3 convolution of stride 2. Where its input is one cell wide, oneDNN makes the gradient of its weights from memory
+    that nobody wrote (bf16 on a CPU; torch 2.11 and 2.15), so that happens in fp32."""
+    if x.shape[-1] == 1 and x.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            narrow: Tensor = conv(x.float())
+            return narrow
+    out: Tensor = conv(x)
+    return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -21,6 +21,8 @@ class Subnet(nn.Module):
         norm: "gn" puts GroupNorm of 32 groups behind each hidden convolution, which then has no bias,
         bias_before_norm: unless it is to keep it.
         prior_prob: for the class subnet, the score that every anchor starts with (section 4.1); None: no bias.
+        background: the last output of an anchor is the background's, and the scores are a softmax; the others then share
+            `prior_prob`.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Subnet(nn.Module):
         norm: Literal["none", "gn"],
         bias_before_norm: bool = False,
         prior_prob: float | None = None,
+        background: bool = False,
     ) -> None:
         super().__init__()
         self.outputs = outputs
@@ -50,8 +53,11 @@ class Subnet(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if prior_prob is not None:
-            nn.init.constant_(self.predictor.bias, prior_bias(prior_prob))  # type: ignore[arg-type]
+        bias: Any = self.predictor.bias
+        if prior_prob is not None and background:
+            nn.init.constant_(bias.detach().view(num_anchors, outputs)[:, -1], background_bias(prior_prob, outputs - 1))
+        elif prior_prob is not None:
+            nn.init.constant_(bias, prior_bias(prior_prob))
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """[(B, C, H_l, W_l)] to ((B, H_l * W_l * num_anchors, outputs)), cells row by row, anchors within."""
@@ -65,3 +71,8 @@ class Subnet(nn.Module):
 def prior_bias(prior_prob: float) -> float:
     """The bias whose sigmoid is `prior_prob` (section 4.1, "Initialization")."""
     return -math.log((1 - prior_prob) / prior_prob)
+
+
+def background_bias(prior_prob: float, num_classes: int) -> float:
+    """The background's bias with which, all others being 0, the softmax gives the classes `prior_prob` together."""
+    return math.log(num_classes * (1 - prior_prob) / prior_prob)

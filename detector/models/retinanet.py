@@ -25,6 +25,7 @@ class RetinaNet(nn.Module):
         anchors: of the levels.
         pixel_mean, pixel_std: of values 0..255, in the order of `channel_order`.
         channel_order: of what the backbone sees.
+        activation: of the class scores; see `HeadOutputs`.
     """
 
     pixel_mean: Tensor
@@ -41,6 +42,7 @@ class RetinaNet(nn.Module):
         pixel_mean: tuple[float, float, float],
         pixel_std: tuple[float, float, float],
         channel_order: Literal["rgb", "bgr"] = "rgb",
+        activation: Literal["sigmoid", "softmax"] = "sigmoid",
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -49,6 +51,7 @@ class RetinaNet(nn.Module):
         self.box_subnet = box_subnet
         self.anchors = anchors
         self.channel_order = channel_order
+        self.activation: Literal["sigmoid", "softmax"] = activation
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
@@ -64,7 +67,8 @@ class RetinaNet(nn.Module):
     def forward_normalized(self, images: Tensor) -> HeadOutputs:
         """The same from a normalised, zero-padded (B, 3, H, W) float batch."""
         features = self.fpn(self.backbone(images))
-        return HeadOutputs(self.cls_subnet(features), self.box_subnet(features), self.anchors_of(images))
+        anchors = self.anchors_of(images)
+        return HeadOutputs(self.cls_subnet(features), self.box_subnet(features), anchors, self.activation)
 
     def normalize(self, images: Tensor, image_sizes: Tensor) -> Tensor:
         """Subtract the mean, divide by the deviation, then zero what is padding (so that zero means "average grey")."""
@@ -110,6 +114,8 @@ def build_model(config: ModelConfig, num_classes: int) -> RetinaNet:
         backbone.channels, config.fpn_channels, p6_from=config.p6_from, relu_before_p7=config.relu_before_p7
     )
 
+    softmax = config.head.activation == "softmax"
+
     def subnet(outputs: int, prior_prob: float | None) -> Subnet:
         return Subnet(
             config.fpn_channels,
@@ -120,15 +126,17 @@ def build_model(config: ModelConfig, num_classes: int) -> RetinaNet:
             norm=config.head.norm,
             bias_before_norm=config.head.bias_before_norm,
             prior_prob=prior_prob,
+            background=softmax and prior_prob is not None,
         )
 
     return RetinaNet(
         backbone,
         fpn,
-        cls_subnet=subnet(num_classes, config.head.prior_prob),
+        cls_subnet=subnet(num_classes + softmax, config.head.prior_prob),
         box_subnet=subnet(4, None),
         anchors=anchors,
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
         channel_order=config.channel_order,
+        activation=config.head.activation,
     )

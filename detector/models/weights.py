@@ -203,12 +203,15 @@ def transfer(
     by_name |= {name: k for k, name in enumerate(source_classes.names)}
     found = [by_name.get(name, by_name.get(canonical_name(name))) for name in classes.names]
     class_pairs = [(k, source) for k, source in enumerate(found) if source is not None]
+    class_rows = list(class_pairs)
+    if model.activation == "softmax":
+        class_rows.append((len(classes), len(source_classes)))  # the background
     coordinates = [(i, i) for i in range(4)]
     num_anchors = model.anchors.num_per_cell
     for key in last if anchor_pairs else ():
         old = torch.unflatten(weights[key], 0, (source_anchors.num_per_cell, -1))
         new = torch.unflatten(own[key].clone(), 0, (num_anchors, -1))
-        for i, j in itertools.product(anchor_pairs, class_pairs if key.startswith("cls_subnet.") else coordinates):
+        for i, j in itertools.product(anchor_pairs, class_rows if key.startswith("cls_subnet.") else coordinates):
             new[i[0], j[0]] = old[i[1], j[1]]
         updates[key] = new.flatten(0, 1)
     anchor_note = ""

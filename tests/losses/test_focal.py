@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 
-import detector.losses.focal
-from detector.losses.focal import _plain_focal_loss, dense_focal_loss, sigmoid_focal_loss
+from detector.losses import dense as dense_module
+from detector.losses.dense import _plain_focal_loss, dense_focal_loss
+from detector.losses.focal import sigmoid_focal_loss
 
 Dense = Callable[[Tensor, Tensor, float | None, float], Tensor]
 
@@ -24,7 +25,8 @@ def on_cpu(logits: Tensor, labels: Tensor, alpha: float | None, gamma: float) ->
 
 def plain(logits: Tensor, labels: Tensor, alpha: float | None, gamma: float) -> Tensor:
     """What a GPU runs."""
-    return _plain_focal_loss(logits, labels, (1.0, 1.0) if alpha is None else (alpha, 1 - alpha), gamma)
+    positive, negative = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+    return _plain_focal_loss(logits, labels, torch.full(logits.shape[-1:], positive), negative, gamma)
 
 
 both_paths = pytest.mark.parametrize("dense", [on_cpu, plain])
@@ -196,7 +198,7 @@ def test_a_network_that_is_sure_and_right_has_no_loss(dense: Dense) -> None:
 def test_chunks_of_any_size_give_the_same_loss_and_gradient(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = random_case(3, 10, 7)
     whole, gradient = on_cpu(logits, labels, 0.25, 2.0), gradient_of(on_cpu, logits, labels, 0.25, 2.0)
-    monkeypatch.setattr(detector.losses.focal, "CHUNK", chunk)
+    monkeypatch.setattr(dense_module, "CHUNK", chunk)
     torch.testing.assert_close(on_cpu(logits, labels, 0.25, 2.0), whole, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient_of(on_cpu, logits, labels, 0.25, 2.0), gradient, rtol=1e-6, atol=0)
 

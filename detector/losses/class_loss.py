@@ -1,0 +1,185 @@
+"""The class loss of a dense head: which of the family, with which balance, over which anchors, divided by what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from detector.boxes import decode
+from detector.losses.dense import anchor_losses, dense_focal_loss, dense_loss, one_hot
+from detector.losses.focal import (
+    sigmoid_focal_loss,
+    sigmoid_focal_star_loss,
+    softmax_focal_loss,
+    softmax_focal_star_loss,
+)
+from detector.losses.hard_examples import hardest_fraction, online_hard_examples
+from detector.losses.relatives import ghm_loss, poly1_focal_loss, quality_focal_loss, varifocal_loss
+from detector.structures import HeadOutputs
+
+Kind = Literal["focal", "focal_star", "poly1_focal", "quality_focal", "varifocal", "ghm", "ohem", "bootstrap"]
+Activation = Literal["sigmoid", "softmax"]
+
+
+class ClassLoss:
+    """A class loss with its settings; called with what the network says and what it should have said.
+
+    Args:
+        kind: of `loss.cls`.
+        activation: of the class scores.
+        alpha, gamma, negative_weight: as in `sigmoid_focal_loss`; several alphas, one per class, weigh positives.
+        star_beta: of FL*.
+        poly_epsilon: of Poly-1.
+        ghm_bins: of GHM-C.
+        ohem_batch, ohem_nms_thresh, ohem_negatives_per_positive: of OHEM.
+        bootstrap_fraction: of bootstrapping.
+    """
+
+    def __init__(
+        self,
+        kind: Kind = "focal",
+        *,
+        activation: Activation = "sigmoid",
+        alpha: float | Sequence[float] | None = 0.25,
+        gamma: float = 2.0,
+        negative_weight: float | None = None,
+        star_beta: float = 1.0,
+        poly_epsilon: float = 1.0,
+        ghm_bins: int = 10,
+        ohem_batch: int = 256,
+        ohem_nms_thresh: float = 0.7,
+        ohem_negatives_per_positive: int | None = None,
+        bootstrap_fraction: float = 0.01,
+    ) -> None:
+        self.kind: Kind = kind
+        self.activation: Activation = activation
+        self.alpha = torch.tensor(alpha) if isinstance(alpha, Sequence) else alpha
+        self.gamma = 0.0 if kind in ("ohem", "bootstrap") else gamma
+        self.negative_weight = negative_weight
+        self.star_beta = star_beta
+        self.poly_epsilon = poly_epsilon
+        self.ghm_bins = ghm_bins
+        self.ohem_batch = ohem_batch
+        self.ohem_nms_thresh = ohem_nms_thresh
+        self.ohem_negatives_per_positive = ohem_negatives_per_positive
+        self.bootstrap_fraction = bootstrap_fraction
+        self.is_mean = kind in ("ghm", "ohem", "bootstrap")
+        """Whether it is a mean over entries or anchors already, so that the number of images divides it rather than that of
+        the positives."""
+
+    def __call__(self, outputs: HeadOutputs, labels: Tensor, quality: Tensor | None) -> Tensor:
+        """Sums per image.
+
+        Args:
+            outputs: of the network.
+            labels: (B, A): a class, -1 for background, below -1 for ignored.
+            quality: (B, A) overlap of each positive anchor's box with its object; only where `needs_quality`.
+
+        Returns:
+            (B,) fp32.
+        """
+        sizes = [logits.shape[1] for logits in outputs.cls_logits]
+        if self.kind == "ghm":
+            return self._harmonised(outputs, labels)
+        if self.kind in ("ohem", "bootstrap"):
+            labels = self._choose(outputs, labels)
+        qualities = torch.split(quality, sizes, dim=1) if quality is not None else [None] * len(sizes)
+        sums = torch.stack(
+            [
+                self.level(logits, level, q)
+                for logits, level, q in zip(
+                    outputs.cls_logits, torch.split(labels, sizes, dim=1), qualities, strict=True
+                )
+            ]
+        ).sum(dim=0)
+        return sums / (labels >= -1).sum(dim=1).clamp(min=1) if self.is_mean else sums
+
+    @property
+    def needs_quality(self) -> bool:
+        """Whether it asks how well boxes fit."""
+        return self.kind in ("quality_focal", "varifocal")
+
+    def level(self, logits: Tensor, labels: Tensor, quality: Tensor | None = None) -> Tensor:
+        """Sums per image (B,) of some of the anchors: (B, A, C) logits, (B, A) labels, (B, A) qualities."""
+        if self.activation == "sigmoid" and self.gamma_family:
+            alpha = self.alpha.to(logits.device) if isinstance(self.alpha, Tensor) else self.alpha
+            return dense_focal_loss(logits, labels, alpha=alpha, gamma=self.gamma, negative_weight=self.negative_weight)
+        return dense_loss(self.each, logits, labels, quality)
+
+    @property
+    def gamma_family(self) -> bool:
+        """Whether a single anchor's loss is the focal loss (of any gamma)."""
+        return self.kind in ("focal", "ohem", "bootstrap")
+
+    def each(self, logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor:
+        """Loss of each of some anchors: (n, C) logits, (n,) labels, (n,) qualities to (n,)."""
+        if self.activation == "softmax":
+            return self._softmax(logits, labels)
+        targets = one_hot(labels, logits.shape[-1])
+        alpha = self.alpha.to(logits.device) if isinstance(self.alpha, Tensor) else self.alpha
+        if self.gamma_family:
+            loss = sigmoid_focal_loss(
+                logits, targets, alpha=alpha, gamma=self.gamma, negative_weight=self.negative_weight
+            )
+        elif self.kind == "focal_star":
+            loss = sigmoid_focal_star_loss(
+                logits,
+                targets,
+                gamma=self.gamma,
+                beta=self.star_beta,
+                alpha=alpha,
+                negative_weight=self.negative_weight,
+            )
+        elif self.kind == "poly1_focal":
+            loss = poly1_focal_loss(logits, targets.float(), alpha=alpha, gamma=self.gamma, epsilon=self.poly_epsilon)
+        elif self.kind == "quality_focal":
+            loss = quality_focal_loss(logits, targets * quality[:, None], gamma=self.gamma)
+        elif self.kind == "varifocal":
+            balance = 0.75 if self.alpha is None or isinstance(self.alpha, Tensor) else self.alpha
+            loss = varifocal_loss(logits, targets * quality[:, None], alpha=balance, gamma=self.gamma)
+        else:
+            raise ValueError(f"{self.kind} has no loss of single anchors")
+        return loss.sum(dim=1)
+
+    def _softmax(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Background is the last column."""
+        num_classes = logits.shape[-1] - 1
+        targets = torch.where(labels < 0, num_classes, labels)
+        weights = None
+        if self.alpha is not None or self.negative_weight is not None:
+            scalar = not isinstance(self.alpha, Tensor)
+            foreground = torch.as_tensor(1.0 if self.alpha is None else self.alpha, device=logits.device)
+            background = self.negative_weight
+            if background is None:
+                background = 1 - float(foreground) if scalar else 1.0
+            weights = torch.cat([foreground.float().expand(num_classes), logits.new_tensor([background])])
+        if self.kind == "focal_star":
+            return softmax_focal_star_loss(logits, targets, alpha=weights, gamma=self.gamma, beta=self.star_beta)
+        if self.gamma_family:
+            return softmax_focal_loss(logits, targets, alpha=weights, gamma=self.gamma)
+        raise ValueError(f"loss.cls {self.kind} has no softmax form")
+
+    def _harmonised(self, outputs: HeadOutputs, labels: Tensor) -> Tensor:
+        """GHM-C over the entries of the whole batch, so that the sums of its images add up to the mean times the images."""
+        logits = outputs.all_cls_logits().float()
+        ignored = (labels < -1)[..., None].expand_as(logits)
+        each = ghm_loss(logits, one_hot(labels, logits.shape[-1]).float(), bins=self.ghm_bins, ignore=ignored)
+        return each.sum(dim=(1, 2)) * len(labels) / (~ignored).sum().clamp(min=1)
+
+    @torch.no_grad()
+    def _choose(self, outputs: HeadOutputs, labels: Tensor) -> Tensor:
+        losses = anchor_losses(self.each, outputs.all_cls_logits(), labels)
+        if self.kind == "bootstrap":
+            return hardest_fraction(losses, labels, fraction=self.bootstrap_fraction)
+        boxes = decode(outputs.all_box_deltas().float(), outputs.anchors)
+        return online_hard_examples(
+            losses,
+            labels,
+            boxes,
+            batch_size=self.ohem_batch,
+            nms_thresh=self.ohem_nms_thresh,
+            negatives_per_positive=self.ohem_negatives_per_positive,
+        )

@@ -1,0 +1,118 @@
+"""Relatives of the focal loss: other ways to tell which entries matter. Arguments as in `detector.losses.focal`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from detector.losses.focal import Reduction, power, reduce_loss, sigmoid_focal_loss
+
+
+def poly1_focal_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    alpha: float | Tensor | None = 0.25,
+    gamma: float = 2.0,
+    epsilon: float = 1.0,
+    weights: Tensor | None = None,
+    ignore: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
+    """Focal loss plus epsilon alpha_t (1 - p_t)^(gamma + 1) (Leng et al. 2022, "PolyLoss", section 5): the weight of the
+    first term of the loss's expansion in 1 - p_t, changed by epsilon. For targets of 0 and 1."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    focal = sigmoid_focal_loss(logits, targets, alpha=alpha, gamma=gamma)
+    wrong = torch.where(targets > 0.5, torch.sigmoid(-wide), torch.sigmoid(wide))
+    extra = power(wrong, gamma + 1)
+    if isinstance(alpha, Tensor):
+        extra = torch.where(targets > 0.5, alpha.to(extra), 1.0) * extra
+    elif alpha is not None:
+        extra = torch.where(targets > 0.5, alpha, 1 - alpha) * extra
+    return reduce_loss(focal + epsilon * extra, weights=weights, ignore=ignore, reduction=reduction, positives=targets)
+
+
+def quality_focal_loss(
+    logits: Tensor,
+    quality: Tensor,
+    *,
+    gamma: float = 2.0,
+    weights: Tensor | None = None,
+    ignore: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
+    """|q - p|^gamma times the cross entropy of p with the soft target q (Li et al. 2020, "Generalized Focal Loss",
+    equation 5, there beta for gamma).
+
+    `quality`: in the shape of `logits`, 0 for negatives, 0..1 for positives (the overlap of the predicted box with its
+    object). At a quality of 0 or 1 it is the focal loss without alpha.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    quality = quality.to(wide.dtype)
+    cross_entropy = F.binary_cross_entropy_with_logits(wide, quality, reduction="none")
+    # |q - p| by the smaller of two differences of like numbers: confident entries keep their digits
+    distance = torch.where(quality > 0.5, torch.sigmoid(-wide) - (1 - quality), torch.sigmoid(wide) - quality).abs()
+    loss = power(distance, gamma) * cross_entropy
+    return reduce_loss(loss, weights=weights, ignore=ignore, reduction=reduction, positives=(quality > 0).to(loss))
+
+
+def varifocal_loss(
+    logits: Tensor,
+    quality: Tensor,
+    *,
+    alpha: float = 0.75,
+    gamma: float = 2.0,
+    weights: Tensor | None = None,
+    ignore: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
+    """Positives: q times the cross entropy with q; negatives: alpha p^gamma times theirs (Zhang et al. 2021,
+    "VarifocalNet", equation 2): only negatives are focused, positives count by their quality. `quality` as in
+    `quality_focal_loss`."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    quality = quality.to(wide.dtype)
+    cross_entropy = F.binary_cross_entropy_with_logits(wide, quality, reduction="none")
+    weight = torch.where(quality > 0, quality, alpha * power(torch.sigmoid(wide), gamma))
+    return reduce_loss(
+        weight * cross_entropy, weights=weights, ignore=ignore, reduction=reduction, positives=(quality > 0).to(weight)
+    )
+
+
+def ghm_weights(gradient: Tensor, *, bins: int = 10, ignore: Tensor | None = None) -> Tensor:
+    """Weight of every entry by how many others have a gradient of about its size (Li et al. 2019, "Gradient Harmonized
+    Single-stage Detector", equation 9): N / (entries in its bin * bins that are not empty).
+
+    Args:
+        gradient: |p - target| of every entry, 0..1, any shape.
+        bins: of equal width.
+        ignore: entries that neither count nor weigh.
+
+    Returns:
+        In the shape of `gradient`; 0 where ignored. The mean over what is not ignored is 1.
+    """
+    place = (gradient.detach() * bins).long().clamp(0, bins - 1)
+    valid = torch.ones_like(gradient, dtype=torch.bool) if ignore is None else ~ignore.expand_as(gradient)
+    # integers: a sum of ones in fp32 stands still at 16.8 million
+    counts = torch.zeros(bins, dtype=torch.int64, device=gradient.device)
+    counts.index_add_(0, place.flatten(), valid.flatten().long())
+    filled = (counts > 0).sum().clamp(min=1)
+    weight = counts.sum().double() / (counts.clamp(min=1) * filled).double()
+    return torch.where(valid, weight.to(gradient.dtype)[place], 0.0)
+
+
+def ghm_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    bins: int = 10,
+    ignore: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
+    """Cross entropy of every entry, weighed by `ghm_weights` (GHM-C, equation 10; without the moving average over steps,
+    which would make a step depend on those before it)."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    targets = targets.to(wide.dtype)
+    weight = ghm_weights((torch.sigmoid(wide) - targets).abs(), bins=bins, ignore=ignore)
+    loss = F.binary_cross_entropy_with_logits(wide, targets, reduction="none") * weight
+    return reduce_loss(loss, weights=None, ignore=ignore, reduction=reduction, positives=targets)
