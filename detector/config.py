@@ -249,6 +249,11 @@ class DataConfig(Section):
     # - RandomBrightnessContrast: {brightness_limit: 0.2, p: 0.5}
     augment: tuple[dict[str, dict[str, Any]], ...] = ()
     augment_min_visibility: Fraction = 0.3  # objects of which a crop leaves less are dropped from that view
+    # Which pictures make up an epoch. plain: each once. repeat_factor: those with rare classes more often (Gupta et al.
+    # 2019). class_balanced: as many as there are, every class in about as many. Both go by the pictures of each class, the
+    # loss's alpha by its objects.
+    sampling: Literal["plain", "repeat_factor", "class_balanced"] = "plain"
+    repeat_threshold: Annotated[float, Field(gt=0, le=1)] = 0.001  # classes in a smaller share of pictures are rare
     aspect_ratio_grouping: bool = True  # batches are all landscape or all portrait, which saves padding
     num_workers: Annotated[int, Field(ge=0)] = 2
     # header: every file is there and of the right size; decode: and can be read to its end; auto: decode up to 5,000

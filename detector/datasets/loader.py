@@ -99,7 +99,7 @@ class DetectionDataset(Dataset[Sample]):
             return _filler(key, index=unreadable(key.index))
         original_size = (image.shape[0], image.shape[1])
         objects = self.coco.objects(key.index)
-        seed = [self.seed, key.epoch, key.index]
+        seed = [self.seed, key.epoch, key.index, *[1 + key.copy] * (key.copy > 0)]
         if self.augmentation is not None:
             image, objects = self.augmentation(image, objects, seed=seed, name=str(self.coco.path(key.index)))
         before = (image.shape[0], image.shape[1])

@@ -24,6 +24,8 @@ class SampleKey(NamedTuple):
     min_size: int
     canvas: tuple[int, int]
     """Padded height and width of the whole step."""
+    copy: int = 0
+    """How often the picture came before in this epoch; another copy is augmented otherwise."""
 
 
 class StepPlanner:
@@ -38,6 +40,7 @@ class StepPlanner:
         resize: how pictures get their size.
         aspect_ratio_grouping: whether steps are all landscape or all portrait (as far as the numbers allow).
         seed: of the run.
+        factors: (N,) how often each picture comes in an epoch, on average over the epochs; None: once.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class StepPlanner:
         aspect_ratio_grouping: bool,
         seed: int,
         resize: Resize = "area",
+        factors: NDArray[np.float64] | None = None,
     ) -> None:
         self.sizes = sizes
         self.batch_size = batch_size
@@ -60,15 +64,18 @@ class StepPlanner:
         self.resize: Resize = resize
         self.portrait = (sizes[:, 0] > sizes[:, 1]) if aspect_ratio_grouping else np.zeros(len(sizes), dtype=bool)
         self.seed = seed
-        self.steps_per_epoch = -(-len(sizes) // batch_size)
+        self.factors = factors
+        self.pictures_per_epoch = len(sizes) if factors is None else round(float(factors.sum()))
+        self.steps_per_epoch = -(-self.pictures_per_epoch // batch_size)
 
     def epoch(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The images of each step of an epoch; every image once, the last partial batch kept."""
+        """The pictures of each step of an epoch, the last partial batch kept; the second copy of picture i is i + N."""
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.sizes))
+        order = rng.permutation(self._entries(epoch))
         batches: list[NDArray[np.int64]] = []
         rest = []
-        for group in (order[self.portrait[order]], order[~self.portrait[order]]):
+        portrait = self.portrait[order % len(self.sizes)]
+        for group in (order[portrait], order[~portrait]):
             full = len(group) // self.batch_size * self.batch_size
             batches.extend(group[:full].reshape(-1, self.batch_size))
             rest.append(group[full:])
@@ -76,16 +83,76 @@ class StepPlanner:
         batches.extend(leftover[i : i + self.batch_size] for i in range(0, len(leftover), self.batch_size))
         return [batches[i] for i in rng.permutation(len(batches))]
 
+    def _entries(self, epoch: int) -> NDArray[np.int64]:
+        """Every picture as often as it is its turn, in order.
+
+        With factors, by systematic sampling: picture i owns a stretch of its factor's length on a line, and every whole
+        number, shifted by a fraction drawn for the epoch, takes the picture it falls on. So an epoch always has the same
+        length, and no picture comes more than once too often or too seldom.
+        """
+        count = len(self.sizes)
+        if self.factors is None:
+            return np.arange(count)
+        ends = np.cumsum(self.factors) * (self.pictures_per_epoch / self.factors.sum())
+        shift = np.random.default_rng([self.seed, epoch, 1]).random()
+        picked = np.searchsorted(ends, np.arange(self.pictures_per_epoch) + shift, side="right").clip(max=count - 1)
+        copies = np.arange(len(picked)) - np.searchsorted(picked, picked)
+        entries: NDArray[np.int64] = picked + count * copies
+        return entries
+
     def keys(self, epoch: int, step: int, indices: NDArray[np.int64]) -> list[SampleKey]:
         """The samples of one step; scale and canvas are those of the whole step."""
         rng = np.random.default_rng([self.seed, epoch, step])
         min_size = int(rng.choice(self.min_sizes))
         resized = [
             resized_size((int(h), int(w)), min_size=min_size, max_size=self.max_size, resize=self.resize)
-            for h, w in self.sizes[indices]
+            for h, w in self.sizes[indices % len(self.sizes)]
         ]
         canvas = padded_size((max(h for h, _ in resized), max(w for _, w in resized)), self.pad)
-        return [SampleKey(epoch, int(index), min_size, canvas) for index in indices]
+        copies, pictures = np.divmod(indices, len(self.sizes))
+        return [
+            SampleKey(epoch, int(index), min_size, canvas, int(copy))
+            for index, copy in zip(pictures, copies, strict=True)
+        ]
+
+
+def repeat_factors(
+    pictures: NDArray[np.integer], labels: NDArray[np.integer], num_pictures: int, *, threshold: float
+) -> NDArray[np.float64]:
+    """How often each picture comes in an epoch: the largest of its classes' max(1, sqrt(threshold / f)), f being the share
+    of pictures with that class (Gupta et al. 2019, "LVIS", section 4, "Repeat factor sampling").
+
+    Args:
+        pictures, labels: (M,) of each object.
+        num_pictures: in all; those without objects come once.
+        threshold: share of pictures below which a class is rare.
+
+    Returns:
+        (num_pictures,).
+    """
+    pairs = np.unique(np.stack([pictures, labels], axis=1), axis=0)
+    share = np.bincount(pairs[:, 1]) / num_pictures
+    factors = np.ones(num_pictures)
+    np.maximum.at(factors, pairs[:, 0], np.sqrt(threshold / share[pairs[:, 1]]))
+    return factors
+
+
+def balanced_factors(
+    pictures: NDArray[np.integer], labels: NDArray[np.integer], num_pictures: int
+) -> NDArray[np.float64]:
+    """How often each picture comes in an epoch of as many pictures as there are, if every class that occurs is asked for
+    equally often and each of its pictures then answers equally often. Arguments as in `repeat_factors`.
+
+    Pictures without objects keep their share.
+    """
+    pairs = np.unique(np.stack([pictures, labels], axis=1), axis=0)
+    of_class = np.bincount(pairs[:, 1])
+    num_classes = int((of_class > 0).sum())
+    with_objects = len(np.unique(pairs[:, 0]))
+    factors = np.ones(num_pictures)
+    factors[pairs[:, 0]] = 0
+    np.add.at(factors, pairs[:, 0], with_objects / num_classes / of_class[pairs[:, 1]] if num_classes else 0)
+    return factors
 
 
 class TrainSampler(Sampler[list[SampleKey]]):

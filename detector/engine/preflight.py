@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from detector.anchors import AnchorGenerator, best_anchor_iou
 from detector.boxes import area
 from detector.coco_eval import ground_truth_warnings
-from detector.config import Config, ConfigError, LossConfig, SplitConfig
+from detector.config import Config, ConfigError, DataConfig, LossConfig, SplitConfig
 from detector.datasets.coco import CocoDataset, read_coco
+from detector.datasets.sampling import balanced_factors, repeat_factors
 from detector.datasets.transforms import padded_size, resized_size
 from detector.losses import effective_number, inverse_frequency
 from detector.losses.retinanet import ConstantLoss
@@ -147,3 +149,13 @@ def class_weights_text(weights: list[float], train_set: CocoDataset) -> str:
     """A line for the log."""
     pairs = zip(train_set.categories.names, weights, strict=True)
     return "weights of positives by class: " + ", ".join(f"{name} {weight:.3g}" for name, weight in pairs)
+
+
+def sampling_factors(data: DataConfig, train_set: CocoDataset) -> NDArray[np.float64] | None:
+    """How often each training picture comes in an epoch; None: once."""
+    boxes = train_set.boxes()
+    if data.sampling == "repeat_factor":
+        return repeat_factors(boxes.image_index, boxes.labels, len(train_set), threshold=data.repeat_threshold)
+    if data.sampling == "class_balanced":
+        return balanced_factors(boxes.image_index, boxes.labels, len(train_set))
+    return None

@@ -145,6 +145,11 @@ class Run:
         log.info(self.lr_text)
         if config.optim.warmup_steps > total_steps:
             log.warn(f"optim.warmup_steps {config.optim.warmup_steps} is longer than the run: {total_steps} steps")
+        if planner.factors is not None:
+            log.info(
+                f"{config.data.sampling} sampling: {planner.pictures_per_epoch} pictures an epoch of {len(planner.sizes)}, each "
+                f"{planner.factors.min():.2g} to {planner.factors.max():.2g} times"
+            )
         log.info(
             f"{config.train.epochs} epochs of {planner.steps_per_epoch} steps, {config.train.batch_size} images a step, "
             f"{warmup_of(config.optim, total_steps)} steps of warm-up"

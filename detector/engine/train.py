@@ -25,7 +25,7 @@ from detector.engine.evaluate import autocast, prove_pipeline
 from detector.engine.interval import Interval
 from detector.engine.logger import RunLog
 from detector.engine.optim import lr_factor, set_lr
-from detector.engine.preflight import data_warnings, open_datasets
+from detector.engine.preflight import data_warnings, open_datasets, sampling_factors
 from detector.engine.run import Run, finished_metrics
 from detector.structures import Batch
 
@@ -73,6 +73,7 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
         resize=config.model.resize,
         aspect_ratio_grouping=config.data.aspect_ratio_grouping,
         seed=config.train.seed,
+        factors=sampling_factors(config.data, train_set),
     )
     total_steps = config.train.epochs * planner.steps_per_epoch
     start_step = state.step if state is not None else 0

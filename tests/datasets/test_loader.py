@@ -286,6 +286,16 @@ def test_a_batch_survives_pickling_and_moving(coco: CocoDataset) -> None:
         assert_equal([copy], [batch])
 
 
+def test_copies_of_a_picture_are_augmented_each_in_its_own_way(coco: CocoDataset) -> None:
+    augmentation = Augmentation(({"RandomBrightnessContrast": {"p": 1.0}},), min_visibility=0.3)
+    dataset = DetectionDataset(coco, max_size=96, augmentation=augmentation)
+    seen = [dataset[key(copy=copy)].image.tobytes() for copy in (0, 1, 2, 0, 1)]
+    assert len(set(seen)) == 3
+    assert seen[:2] == seen[3:]
+    mirrored = DetectionDataset(coco, max_size=96, hflip=0.5)
+    assert len({mirrored[key(copy=copy)].image.tobytes() for copy in range(12)}) == 2
+
+
 def test_pictures_left_to_the_device_come_out_as_if_resized_by_the_loader(coco: CocoDataset) -> None:
     """Same boxes, sizes and canvas; pixels as two ways of resizing differ; mirrored alike."""
     keys = [[key(0), key(1), key(-1)]]

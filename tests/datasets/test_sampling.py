@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detector.datasets.sampling import SampleKey, StepPlanner, TrainSampler, eval_batches
+from detector.datasets.sampling import (
+    SampleKey,
+    StepPlanner,
+    TrainSampler,
+    balanced_factors,
+    eval_batches,
+    repeat_factors,
+)
 from detector.datasets.transforms import padded_size, resized_size
 
 
@@ -152,3 +159,65 @@ def test_evaluation_sees_every_image_once_in_batches_of_one_padded_shape(num_ima
             height, width = (int(side) for side in sizes[key.index])
             alone = padded_size(resized_size((height, width), min_size=200, max_size=500), "batch_max_32")
             assert key.canvas == alone, "padded as if it were alone"
+
+
+# ---- pictures of rare classes more often --------------------------------------------------------------------------
+
+# Of six pictures: the first has classes 0 and 2, the next three class 0 only, the fifth class 1 twice, the last none.
+PICTURES = np.array([0, 0, 1, 2, 3, 4, 4])
+LABELS = np.array([0, 2, 0, 0, 0, 1, 1])
+
+
+def test_repeat_factors_are_lvis() -> None:
+    """Shares of pictures: class 0 in 4 of 6, classes 1 and 2 in 1 of 6."""
+    found = repeat_factors(PICTURES, LABELS, 6, threshold=0.5)
+    rare = np.sqrt(0.5 / (1 / 6))
+    np.testing.assert_allclose(found, [rare, 1, 1, 1, rare, 1])
+    assert (repeat_factors(PICTURES, LABELS, 6, threshold=1e-9) == 1).all()
+    assert repeat_factors(PICTURES[:0], LABELS[:0], 3, threshold=0.5).tolist() == [1, 1, 1]
+
+
+def test_balanced_factors_ask_for_every_class_equally_often() -> None:
+    found = balanced_factors(PICTURES, LABELS, 6)
+    third = 5 / 3
+    np.testing.assert_allclose(found, [third + third / 4, third / 4, third / 4, third / 4, third, 1])
+    assert found.sum() == pytest.approx(6)
+    assert balanced_factors(PICTURES[:0], LABELS[:0], 3).tolist() == [1, 1, 1]
+
+
+@given(st.lists(st.floats(0, 4), min_size=1, max_size=40), st.integers(0, 1000), st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_every_epoch_has_its_length_and_no_picture_comes_once_too_often(
+    factors: list[float], seed: int, batch_size: int
+) -> None:
+    array = np.array(factors)
+    if round(array.sum()) == 0:
+        array[0] += 1
+    plan = planner(len(array), batch_size, seed=seed, factors=array)
+    assert plan.pictures_per_epoch == round(array.sum())
+    exact = array * plan.pictures_per_epoch / array.sum()
+    for epoch in range(3):
+        entries = np.concatenate(plan.epoch(epoch))
+        assert len(plan.epoch(epoch)) == plan.steps_per_epoch
+        assert len(entries) == plan.pictures_per_epoch
+        assert len(np.unique(entries)) == len(entries), "copies are told apart"
+        times = np.bincount(entries % len(array), minlength=len(array))
+        assert (np.abs(times - exact) < 1 + 1e-6).all()
+        copies = [sorted(entries[entries % len(array) == i] // len(array)) for i in range(len(array))]
+        assert all(c == list(range(len(c))) for c in copies)
+
+
+def test_over_many_epochs_pictures_come_as_often_as_their_factors_say() -> None:
+    factors = np.array([0.5, 1.0, 2.25, 1.25, 1.0])
+    plan = planner(5, 2, factors=factors)
+    times = sum(np.bincount(np.concatenate(plan.epoch(e)) % 5, minlength=5) for e in range(2000))
+    np.testing.assert_allclose(times / 2000, factors, atol=0.05)
+
+
+def test_what_is_drawn_depends_on_seed_and_epoch_only_and_copies_are_named() -> None:
+    factors = np.array([3.0, 1.0, 1.0])
+    one, other = (planner(3, 5, factors=factors, seed=4) for _ in range(2))
+    assert [e.tolist() for e in one.epoch(7)] == [e.tolist() for e in other.epoch(7)]
+    (step,) = one.epoch(7)
+    keys = one.keys(7, 0, step)
+    assert sorted((k.index, k.copy) for k in keys) == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0)]

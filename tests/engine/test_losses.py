@@ -17,7 +17,7 @@ from detector.engine.predict import model_of
 from detector.engine.train import train
 from detector.models import build_model
 from detector.postprocess import one_against_all, postprocess
-from tests.tiny import TinyData, last_checkpoint, records, tiny_config, write_coco
+from tests.tiny import TinyData, differing, last_checkpoint, records, tiny_config, write_coco
 
 SHORT: dict[str, Any] = {"train__epochs": 1, "data__val": None}
 SOFTMAX = {"depth": 1, "activation": "softmax"}
@@ -170,3 +170,14 @@ def test_scores_of_a_softmax_are_its_probabilities(data: TinyData, tmp_path: Pat
     torch.testing.assert_close(torch.sigmoid(one_against_all(outputs.all_cls_logits())), p[..., :3])
     (found,) = postprocess(outputs, torch.tensor([[64, 96]]), score_thresh=0.0, nms_thresh=1.0, detections_per_img=10)
     torch.testing.assert_close(found.scores, p[0, :, :3].flatten().topk(10).values)
+
+
+@pytest.mark.parametrize("sampling", ["repeat_factor", "class_balanced"])
+def test_sampling_by_class_is_said_and_reproducible(
+    sampling: str, data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**SHORT, "data__sampling": sampling, "data__repeat_threshold": 0.9}
+    train(tiny_config(tmp_path, data, **settings), tmp_path / "one")
+    assert re.search(rf"{sampling} sampling: \d+ pictures an epoch of 11", " ".join(capsys.readouterr().out.split()))
+    train(tiny_config(tmp_path, data, **settings, data__num_workers=1), tmp_path / "other")
+    assert differing(last_checkpoint(tmp_path / "one"), last_checkpoint(tmp_path / "other")) == []
