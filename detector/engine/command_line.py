@@ -14,8 +14,19 @@ from detector.engine.checkpoint import CheckpointError
 from detector.engine.errors import Interrupted, RunError
 from detector.engine.predict import InputError
 from detector.models.reading import WeightsError
+from detector.reports.figures import FigureError
 
-USER_ERRORS = (ConfigError, DatasetError, ImageError, ResultsError, CheckpointError, WeightsError, RunError, InputError)
+USER_ERRORS = (
+    ConfigError,
+    DatasetError,
+    ImageError,
+    ResultsError,
+    CheckpointError,
+    WeightsError,
+    RunError,
+    InputError,
+    FigureError,
+)
 
 
 def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:

@@ -72,7 +72,7 @@ def detect(
 ) -> tuple[CocoResults, list[int]]:
     """What the model finds in a dataset (or in some of its images), in COCO's terms, sorted by image; and the positions
     of images that could not be read."""
-    batches = _batches(coco, config, indices)[distributed.rank() :: distributed.world_size()]
+    batches = eval_keys(coco, config, indices)[distributed.rank() :: distributed.world_size()]
     dataset = DetectionDataset(
         coco,
         max_size=config.data.max_size,
@@ -112,7 +112,8 @@ def detect(
     return CocoResults.concatenate(everyones), [i for part in distributed.gather(lost) for i in part]
 
 
-def _batches(coco: CocoDataset, config: Config, indices: Sequence[int] | None = None) -> list[list[SampleKey]]:
+def eval_keys(coco: CocoDataset, config: Config, indices: Sequence[int] | None = None) -> list[list[SampleKey]]:
+    """The samples of an evaluation, or of some of its images, in batches of one padded shape."""
     batch_size = config.eval.batch_size or config.train.micro_batch or config.train.batch_size
     batches = eval_batches(
         coco.sizes,
@@ -176,7 +177,7 @@ def round_trip(model: RetinaNet, match: Callable[[Tensor, Targets], Matches], co
         "score_thresh": 0.5, "nms_thresh": 1.0, "topk_candidates": 10**6, "detections_per_img": 10**6,
     }  # fmt: skip
     found = []
-    for loaded in build_loader(dataset, _batches(coco, config, indices), num_workers=0):
+    for loaded in build_loader(dataset, eval_keys(coco, config, indices), num_workers=0):
         batch = to_device(loaded, torch.device("cpu"))
         anchors = model.anchors_of(batch.images)
         outputs = perfect_outputs(anchors, batch.targets, match(anchors, batch.targets), len(coco.categories))

@@ -31,24 +31,9 @@ def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_d
     """
     state = load_checkpoint(checkpoint)
     config = with_model_of(config, state.config)
-    theirs, ours = flatten(state.config.model.model_dump()), flatten(config.model.model_dump())
-    different = [k for k in ours if theirs.get(k) != ours[k] and k not in NOT_PART_OF_THE_MODEL]
-    if different:
-        raise ConfigError(
-            "\n".join(
-                [
-                    f"the config must describe the model in {checkpoint}, got:",
-                    *(
-                        f"  model.{k}: {ours[k]!r} in the config, {theirs.get(k)!r} in the checkpoint"
-                        for k in different
-                    ),
-                    f"Use the run's own config ({checkpoint.parent.parent / 'config.yaml'}), or leave these settings out: "
-                    "what a config does not say of the model is the checkpoint's.",
-                ]
-            )
-        )
+    require_model_of(config, state.config, checkpoint)
     with distributed.process_group(config.train.device) as device:
-        named = _split_of(config, split)
+        named = split_of(config, split)
         main = distributed.rank() == 0
         problems_file = output_dir / f"problems_{split}.tsv" if main else None
         dataset = open_split(config, named, categories=state.categories, problems_file=problems_file)
@@ -69,13 +54,37 @@ def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_d
     return metrics
 
 
+def require_model_of(config: Config, stored: Config, checkpoint: Path) -> None:
+    """Refuse a config that describes another network than the checkpoint's.
+
+    Raises:
+        ConfigError: naming both values of each setting that differs.
+    """
+    theirs, ours = flatten(stored.model.model_dump()), flatten(config.model.model_dump())
+    different = [k for k in ours if theirs.get(k) != ours[k] and k not in NOT_PART_OF_THE_MODEL]
+    if different:
+        raise ConfigError(
+            "\n".join(
+                [
+                    f"the config must describe the model in {checkpoint}, got:",
+                    *(
+                        f"  model.{k}: {ours[k]!r} in the config, {theirs.get(k)!r} in the checkpoint"
+                        for k in different
+                    ),
+                    f"Use the run's own config ({checkpoint.parent.parent / 'config.yaml'}), or leave these settings out: "
+                    "what a config does not say of the model is the checkpoint's.",
+                ]
+            )
+        )
+
+
 def score_results_file(config: Config, detections: Path, *, split: Split, output_dir: Path) -> Metrics:
     """Score a COCO results file against a config's annotations; the images need not exist.
 
     Raises:
         ResultsError: everything that is wrong with the file.
     """
-    dataset = read_coco(Path(_split_of(config, split).annotations), None, on_error=config.data.on_error)
+    dataset = read_coco(Path(split_of(config, split).annotations), None, on_error=config.data.on_error)
     _say(dataset, config, Console(highlight=False, soft_wrap=True))
     truth = dataset.ground_truth()
     results = load_results(detections, truth)
@@ -86,7 +95,12 @@ def score_results_file(config: Config, detections: Path, *, split: Split, output
     return metrics
 
 
-def _split_of(config: Config, split: Split) -> SplitConfig:
+def split_of(config: Config, split: Split) -> SplitConfig:
+    """The set of a config that is to be looked at.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
     named: SplitConfig | None = getattr(config.data, split)
     if named is None:
         raise ConfigError(
