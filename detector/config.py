@@ -306,6 +306,8 @@ class TrainConfig(Section):
     early_stop_patience: PositiveInt | None = None  # evaluations without a better AP before stopping
     log_every: PositiveInt = 20  # steps
     images_every_epochs: Annotated[int, Field(ge=0)] = 1  # predictions beside ground truth in TensorBoard; 0: never
+    # Val pictures in which each evaluation looks at who holds the class loss, for TensorBoard; 0: none.
+    loss_images: Annotated[int, Field(ge=0)] = 8
 
 
 class OptimConfig(Section):

@@ -103,7 +103,7 @@ def write_config(path: Path, data: TinyData, **settings: Any) -> Path:
         },
         "train": {
             "epochs": 2, "batch_size": 4, "precision": "fp32", "compile": False, "device": "cpu", "log_every": 1,
-            "images_every_epochs": 0,
+            "images_every_epochs": 0, "loss_images": 0,
         },
         "optim": {"lr": 0.01, "lr_batch_size": 4, "warmup_steps": 2},
     }  # fmt: skip

@@ -98,7 +98,8 @@ def collect_examples(
     parts: list[Examples] = []
     done = 0
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-        for loaded in build_loader(dataset, batches, num_workers=min(config.data.num_workers, len(batches))):
+        workers = 0 if indices is not None else min(config.data.num_workers, len(batches))
+        for loaded in build_loader(dataset, batches, num_workers=workers):
             batch = to_device(loaded, device)
             with autocast(precision, device):
                 outputs = model(batch.images, batch.image_sizes)
@@ -251,6 +252,26 @@ def calibration(examples: Examples, *, bins: int = 15, above: float = 0.05) -> C
             np.bincount(place, weight * positive, bins) / count,
             count,
         )
+
+
+def loss_holders(
+    examples: Examples, *, gamma: float, alpha: float | None
+) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
+    """A few numbers to watch, and the probabilities of the truth of positives and negatives."""
+    everything = np.ones(len(examples.x_t), np.int64)
+    all_alike = examples._replace(label=0 * everything)
+    rows = {
+        row.side: row for row in loss_table(all_alike, gammas=[gamma], alpha=alpha, names=["all"]) if row.group == "all"
+    }
+    values = {"calibration_error": calibration(examples).expected_error}
+    if examples.positive.any():
+        positive, negative = rows["positive"], rows["negative"]
+        values["positive_loss_of_hardest_20_percent"] = positive.hardest[3]
+        values["negative_loss_of_hardest_1_percent"] = negative.hardest[1]
+        values["positive_over_negative_loss"] = positive.loss / max(negative.loss, 1e-12)
+    p_t = 1 / (1 + np.exp(-examples.x_t.astype(np.float64)))
+    sides = {"positives": examples.positive, "negatives": ~examples.positive}
+    return values, {side: p_t[mask] for side, mask in sides.items() if mask.any()}
 
 
 # ---- written down -----------------------------------------------------------------------------------------------

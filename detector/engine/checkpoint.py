@@ -23,7 +23,8 @@ FORMAT = 1
 
 
 MAY_CHANGE_ON_RESUME = (
-    "data.num_workers", "data.verify", "train.log_every", "train.checkpoint_every_steps", "train.images_every_epochs",
+    "data.num_workers", "data.verify", "train.log_every", "train.checkpoint_every_steps", "train.images_every_epochs", "train.loss_images",
+    "train.loss_images",
     "train.init_from", "eval.engine", "eval.batch_size",
 )  # fmt: skip
 """Settings that do not change what is computed."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -113,6 +114,13 @@ class RunLog:
                 self.tensorboard.add_scalar(f"{record['split']}/{key}", value, record["step"])
         for row in per_class:
             self.tensorboard.add_scalar(f"{record['split']}_AP_per_class/{row['name']}", row["AP"], record["step"])
+
+    def loss_holders(self, values: dict[str, float], p_t: dict[str, NDArray[np.float64]], step: int) -> None:
+        """Who holds the class loss, and histograms of the probability of the truth, for TensorBoard."""
+        for key, value in values.items():
+            self.tensorboard.add_scalar(f"loss_holders/{key}", value, step)
+        for key, probabilities in p_t.items():
+            self.tensorboard.add_histogram(f"p_t/{key}", probabilities, step)
 
     def pictures(self, name: str, pictures: list[Image.Image], step: int) -> None:
         """Pictures for TensorBoard."""

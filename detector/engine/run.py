@@ -24,6 +24,7 @@ from detector.datasets.coco import CocoDataset
 from detector.datasets.images import ImageError, decode_image
 from detector.datasets.sampling import StepPlanner
 from detector.engine import distributed
+from detector.engine.analyze import collect_examples, loss_holders
 from detector.engine.checkpoint import TrainState, load_checkpoint, save_checkpoint, write_json
 from detector.engine.errors import DivergedError, Interrupted, RunError, Stop
 from detector.engine.evaluate import evaluate_model
@@ -249,6 +250,19 @@ class Run:
         if every and epoch % every == 0:
             pictures = val_pictures(val_set, results, skip_unreadable=self.config.data.on_error == "skip")
             self.log.pictures("val: truth, predictions", pictures, self.state.step)
+        if self.config.train.loss_images:
+            self._log_loss_holders(val_set)
+
+    def _log_loss_holders(self, val_set: CocoDataset) -> None:
+        count = min(self.config.train.loss_images, len(val_set))
+        indices = np.unique(np.linspace(0, len(val_set) - 1, count).astype(int)).tolist()
+        examples = collect_examples(
+            self.evaluated_model, self.loss, val_set, self.config, device=self.device, indices=indices,
+            max_negatives=100_000,
+        )  # fmt: skip
+        alpha = self.config.loss.alpha if isinstance(self.config.loss.alpha, float) else None
+        values, p_t = loss_holders(examples, gamma=self.config.loss.gamma, alpha=alpha)
+        self.log.loss_holders(values, p_t, self.state.step)
 
     def snapshot(self) -> TrainState:
         """What a checkpoint holds, as of now."""
