@@ -12,18 +12,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from detector.engine.command_line import command
+from detector.reports.figures import pyplot, save
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Parse, read metrics.jsonl of every run, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN")
     parser.add_argument("--output", type=Path, required=True, help=".svg or .png")
     arguments = parser.parse_args(argv)
+    plt = pyplot()
     figure, (loss_axes, ap_axes) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for color, text in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9, arguments.runs, strict=False):
         label, sign, folder = text.partition("=")
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     ap_axes.legend(fontsize="small")
     for axes in (loss_axes, ap_axes):
         axes.grid(alpha=0.3)
-    figure.savefig(arguments.output, metadata={"Date": None} if arguments.output.suffix == ".svg" else None)
+    save(figure, arguments.output)
     print(f"written: {arguments.output}")
     return 0
 

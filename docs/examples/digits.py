@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""The focal loss far from detection: handwritten digits of which some are rare, against cross entropy, over several seeds.
+
+    pip install scikit-learn && python docs/examples/digits.py [--seeds N]
+
+Two problems on scikit-learn's 1,797 digits of 8x8 pixels, a small network for each:
+
+- one digit against the rest, its training examples thinned to 1 for 100 others (sigmoid), judged by average precision;
+- all ten digits with a long tail: each has fewer training examples than the one before, the rarest 5 (softmax), judged by
+  the mean recall of the classes.
+
+The test set is not thinned in either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.metrics import average_precision_score, recall_score
+from torch import Tensor, nn
+
+from detector.losses import (
+    effective_number,
+    inverse_frequency,
+    sigmoid_focal_loss,
+    sigmoid_focal_star_loss,
+    softmax_focal_loss,
+    softmax_focal_star_loss,
+)
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Problem(NamedTuple):
+    """Pixels and labels to learn from and to be judged by."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    outputs: int
+
+
+def thinned(
+    seed: int, keep: Callable[[int, int], int], relabel: Callable[[np.ndarray], np.ndarray], outputs: int
+) -> Problem:
+    """Half of the digits to learn from, of which `keep(digit, count)` of each digit stay; the other half to test."""
+    digits = load_digits()
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(digits.target))
+    x, y = digits.data[order].astype(np.float32) / 16, digits.target[order]
+    half = len(y) // 2
+    rows = np.concatenate([np.flatnonzero(y[:half] == d)[: keep(d, int((y[:half] == d).sum()))] for d in range(10)])
+    labels = relabel(y)
+    return Problem(
+        torch.from_numpy(x[:half][rows]), torch.from_numpy(labels[:half][rows]),
+        torch.from_numpy(x[half:]), torch.from_numpy(labels[half:]), outputs,
+    )  # fmt: skip
+
+
+def trained(problem: Problem, loss: Loss, seed: int, *, steps: int = 300) -> Tensor:
+    """Logits of the test set after training a small network."""
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, problem.outputs))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(network(problem.train_x), problem.train_y).backward()
+        optimizer.step()
+    with torch.no_grad():
+        logits: Tensor = network(problem.test_x)
+    return logits
+
+
+def one_against_the_rest(seed: int) -> dict[str, float]:
+    """Average precision for the digit 8, by loss."""
+    others = 800
+
+    def keep(digit: int, count: int) -> int:
+        return others // 100 if digit == 8 else count
+
+    problem = thinned(seed, keep, lambda y: (y == 8).astype(np.float32)[:, None], 1)
+    losses: dict[str, Loss] = {
+        "cross entropy": lambda x, y: sigmoid_focal_loss(x, y, alpha=None, gamma=0.0, reduction="mean"),
+        "cross entropy, alpha 0.75": lambda x, y: sigmoid_focal_loss(x, y, alpha=0.75, gamma=0.0, reduction="mean"),
+        "cross entropy, alpha 0.99": lambda x, y: sigmoid_focal_loss(x, y, alpha=0.99, gamma=0.0, reduction="mean"),
+        "focal, gamma 2, no alpha": lambda x, y: sigmoid_focal_loss(x, y, alpha=None, gamma=2.0, reduction="positives"),
+        "focal, gamma 2, alpha 0.25": lambda x, y: sigmoid_focal_loss(
+            x, y, alpha=0.25, gamma=2.0, reduction="positives"
+        ),
+        "FL*, gamma 2, beta 1": lambda x, y: sigmoid_focal_star_loss(x, y, reduction="mean"),
+    }
+    truth = problem.test_y[:, 0].numpy()
+    return {
+        n: float(average_precision_score(truth, trained(problem, f, seed)[:, 0].numpy())) for n, f in losses.items()
+    }
+
+
+def long_tail(seed: int) -> dict[str, float]:
+    """Mean recall of the ten digits, by loss; digit d keeps 90 * (5 / 90)^(d / 9) training examples."""
+
+    def keep(digit: int, count: int) -> int:
+        return min(count, round(90 * (5 / 90) ** (digit / 9)))
+
+    problem = thinned(seed, keep, lambda y: y.astype(np.int64), 10)
+    counts = torch.bincount(problem.train_y, minlength=10)
+    inverse, effective = inverse_frequency(counts), effective_number(counts, beta=0.99)
+    losses: dict[str, Loss] = {
+        "cross entropy": lambda x, y: softmax_focal_loss(x, y, gamma=0.0, reduction="mean"),
+        "cross entropy, inverse frequency": lambda x, y: softmax_focal_loss(
+            x, y, gamma=0.0, alpha=inverse, reduction="mean"
+        ),
+        "cross entropy, effective number": lambda x, y: softmax_focal_loss(
+            x, y, gamma=0.0, alpha=effective, reduction="mean"
+        ),
+        "focal, gamma 2": lambda x, y: softmax_focal_loss(x, y, gamma=2.0, reduction="mean"),
+        "focal, gamma 2, inverse frequency": lambda x, y: softmax_focal_loss(
+            x, y, gamma=2.0, alpha=inverse, reduction="mean"
+        ),
+        "FL*, gamma 2, beta 1": lambda x, y: softmax_focal_star_loss(x, y, reduction="mean"),
+    }
+    truth = problem.test_y.numpy()
+    return {
+        n: float(recall_score(truth, trained(problem, f, seed).argmax(dim=1).numpy(), average="macro"))
+        for n, f in losses.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run both problems and print means with standard errors, and of the differences to cross entropy on the same seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10)
+    arguments = parser.parse_args(argv)
+    for title, run in (
+        ("8 against the rest, 1:100: average precision", one_against_the_rest),
+        ("long tail: mean recall", long_tail),
+    ):
+        results = [run(seed) for seed in range(arguments.seeds)]
+        print(f"\n{title} ({arguments.seeds} seeds)\n{'':34} mean (standard error)   minus cross entropy")
+        for name in results[0]:
+            values = np.array([r[name] for r in results])
+            difference = values - [r["cross entropy"] for r in results]
+            print(
+                f"{name:34} {values.mean():.3f} ({error(values):.3f})          {difference.mean():+.3f} ({error(difference):.3f})"
+            )
+    return 0
+
+
+def error(values: np.ndarray) -> float:
+    """Standard error of the mean."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""The examples of the documents run and say what they promise."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+
+def test_the_digits_example_runs_both_problems(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    main = runpy.run_path(str(repo_root / "docs" / "examples" / "digits.py"))["main"]
+    assert main(["--seeds", "1"]) == 0
+    table = capsys.readouterr().out
+    scores = [float(x) for x in re.findall(r" (0\.\d{3}) \(nan\)", table)]
+    assert len(scores) == 12
+    assert min(scores) > 0.4, "far above chance, which is 0.1"
