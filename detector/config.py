@@ -182,8 +182,8 @@ class MatchingConfig(Section):
 class LossConfig(Section):
     """A class loss on all anchors plus a box loss on the positive ones (Lin et al. 2017, section 3)."""
 
-    # focal, and focal_star (appendix A); what they are compared with: ohem (section 5.1) and bootstrap, both with cross
-    # entropy; ghm (Li et al. 2019), quality_focal (Li et al. 2020), varifocal (Zhang et al. 2021), poly1_focal (Leng et
+    # focal, and focal_star (appendix A); what they are compared with: ohem (section 5.1) and bootstrap, both with plain
+    # cross entropy; ghm (Li et al. 2019), quality_focal (Li et al. 2020), varifocal (Zhang et al. 2021), poly1_focal (Leng et
     # al. 2022). Cross entropy is focal with gamma 0.
     cls: Literal["focal", "focal_star", "poly1_focal", "quality_focal", "varifocal", "ghm", "ohem", "bootstrap"] = (
         "focal"
@@ -197,6 +197,7 @@ class LossConfig(Section):
     gamma: NonNegative = 2.0  # 0 is cross entropy
     star_beta: float = 1.0  # of focal_star
     poly_epsilon: float = 1.0  # of poly1_focal
+    varifocal_alpha: NonNegative = 0.75  # of varifocal: the weight of negatives
     ghm_bins: PositiveInt = 10  # of ghm
     ohem_batch: PositiveInt = 256  # of ohem: anchors kept of an image
     ohem_nms_thresh: Fraction = 0.7  # overlap with a harder anchor that removes one beforehand
@@ -447,7 +448,8 @@ def resolve_data_paths(config: Config) -> Config:
 
 
 def with_model_of(config: Config, checkpoint: Config) -> Config:
-    """The same config, but what nobody wrote down of the model and its post-processing is a checkpoint's.
+    """The same config, but what nobody wrote down of the model, its post-processing and the size of pictures (all three
+    numbers or none) is a checkpoint's.
 
     So a config that only names data and training fine-tunes, or scores, a network of any build as it is meant.
 
@@ -456,8 +458,10 @@ def with_model_of(config: Config, checkpoint: Config) -> Config:
     """
     own = {key: getattr(config.model, key) for key in NOT_PART_OF_THE_MODEL}
     model = _filled(config.model, checkpoint.model).model_copy(update=own)
+    sizes = {key: getattr(checkpoint.data, key) for key in ("min_size", "max_size", "eval_min_size")}
+    data = config.data if config.data.model_fields_set & set(sizes) else config.data.model_copy(update=sizes)
     postprocess = _filled(config.postprocess, checkpoint.postprocess)
-    filled = config.model_copy(update={"model": model, "postprocess": postprocess})
+    filled = config.model_copy(update={"model": model, "postprocess": postprocess, "data": data})
     return config_from_dict(json.loads(filled.model_dump_json()), "the config and the checkpoint's model together")
 
 

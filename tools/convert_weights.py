@@ -11,6 +11,7 @@ setting of the model, the post-processing or the data as key=value. Nothing in S
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -19,15 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from detector.config import with_overrides
-from detector.engine.checkpoint import import_checkpoint, load_checkpoint, make_folder, save_checkpoint
+from detector.engine.checkpoint import import_checkpoint, load_checkpoint, save_checkpoint
 from detector.engine.command_line import command
+from detector.engine.errors import RunError
+from detector.engine.predict import model_of
 from detector.models.foreign import SOURCES, Said, advice_for_torchvision, to_torchvision
 
 
 def four_numbers(text: str) -> tuple[float, float, float, float]:
     """For argparse, which tells a ValueError as the user's mistake."""
     x, y, w, h = (float(number) for number in text.split(","))
-    if min(x, y, w, h) <= 0:
+    if not all(math.isfinite(number) and number > 0 for number in (x, y, w, h)):
         raise ValueError
     return x, y, w, h
 
@@ -57,10 +60,24 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{arguments.dst} exists; remove it or choose another name")
     if arguments.dst.suffix not in (".pt", ".pth"):
         parser.error(f"DST must end in .pt or .pth, got {arguments.dst}")
-    make_folder(arguments.dst.parent)
+    if not arguments.dst.parent.is_dir():
+        parser.error(f"the folder of {arguments.dst} does not exist; make it first")
+    if arguments.norm_eps is not None and not 0 <= arguments.norm_eps < 1:
+        parser.error(f"--norm-eps must be within 0 and 1, got {arguments.norm_eps}")
+    told = [arguments.categories, arguments.norm_eps, arguments.style, arguments.box_weights]
     if arguments.to == "torchvision":
+        if any(option is not None for option in told) or arguments.overrides:
+            parser.error("--to torchvision takes no other options: the checkpoint says everything")
         state = load_checkpoint(arguments.src)
-        torch.save(to_torchvision(state.weights, state.config.model, state.categories), arguments.dst)
+        written = to_torchvision(state.weights, state.config.model, state.categories)
+        temporary = arguments.dst.with_name(f".{arguments.dst.name}.tmp")
+        try:
+            torch.save(written, temporary)
+            temporary.replace(arguments.dst)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise RunError(f"{arguments.dst} cannot be written: {error}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
         print(f"{arguments.dst}: a state dict for torchvision")
         print("\n".join(advice_for_torchvision(state.config.model, state.categories)))
         return 0
@@ -73,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     state = import_checkpoint(arguments.src, said=said)
     state.config = with_overrides(state.config, arguments.overrides)
+    model_of(state, torch.device("cpu"))  # overrides may describe another network than the file's
     save_checkpoint(state, arguments.dst)
     print("\n".join(state.origin))
     names = state.categories.names

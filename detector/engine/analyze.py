@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from detector.config import Config, with_model_of
+from detector.config import Config, LossConfig, with_model_of
 from detector.datasets.coco import CocoDataset, DatasetError
 from detector.datasets.loader import DetectionDataset, build_loader, to_device
 from detector.engine.checkpoint import load_checkpoint, make_folder, write_json
@@ -22,7 +22,7 @@ from detector.engine.distributed import pick_device
 from detector.engine.evaluate import autocast, eval_keys
 from detector.engine.optim import resolve_precision
 from detector.engine.predict import model_of
-from detector.engine.preflight import class_weights, open_split
+from detector.engine.preflight import open_split
 from detector.engine.score import require_model_of, split_of
 from detector.losses import RetinaNetLoss, build_loss
 from detector.losses.retinanet import labels_of
@@ -295,8 +295,7 @@ def analyze_checkpoint(
         config, split_of(config, split), categories=state.categories, problems_file=output_dir / f"problems_{split}.tsv"
     )
     model = model_of(state, device)
-    alpha = class_weights(config.loss, dataset) if isinstance(config.loss.alpha, str) else None
-    loss = build_loss(config, alpha=alpha)
+    loss = build_loss(config.model_copy(update={"loss": LossConfig()}))  # only to match
     with Progress(console=Console(highlight=False)) as bar:
         task = bar.add_task(f"looking at {len(dataset)} images", total=len(dataset))
         examples = collect_examples(

@@ -15,7 +15,7 @@ from torch import Tensor
 from detector.config import Config, config_from_dict, flatten, with_model_of
 from detector.datasets.coco import CocoDataset
 from detector.engine.errors import RunError
-from detector.models.foreign import Said, import_detector, is_foreign
+from detector.models.foreign import Said, import_detector, is_foreign, require_no_backbone
 from detector.models.reading import WeightsError, read_content
 from detector.structures import Categories
 
@@ -23,9 +23,8 @@ FORMAT = 1
 
 
 MAY_CHANGE_ON_RESUME = (
-    "data.num_workers", "data.verify", "train.log_every", "train.checkpoint_every_steps", "train.images_every_epochs", "train.loss_images",
-    "train.loss_images",
-    "train.init_from", "eval.engine", "eval.batch_size",
+    "data.num_workers", "data.verify", "train.log_every", "train.checkpoint_every_steps", "train.images_every_epochs",
+    "train.loss_images", "train.init_from", "eval.engine", "eval.batch_size",
 )  # fmt: skip
 """Settings that do not change what is computed."""
 
@@ -62,6 +61,8 @@ class TrainState:
     """Whether an epoch was finished but not yet evaluated."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of what decides the numbers: torch, torchvision, threads, device."""
+    alpha: list[float] | None = None
+    """Weights of positives by class, where they were counted from the training set."""
     origin: list[str] = field(default_factory=list)
     """Of imported weights: whose they are, and what was assumed about them."""
 
@@ -115,6 +116,7 @@ def load_checkpoint(path: Path) -> TrainState:
         raise CheckpointError(str(error).replace("weights file", "checkpoint", 1)) from None
     if is_foreign(content):
         return import_checkpoint(path, content)
+    require_no_backbone(content, path)
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} must be a checkpoint written by tools/train.py (format {FORMAT}), or a RetinaNet of torchvision, "

@@ -18,7 +18,7 @@ from detector.datasets.images import ImageError, decode_image
 from detector.datasets.loader import EMPTY, Sample, collate, to_device
 from detector.datasets.sampling import SampleKey
 from detector.datasets.transforms import padded_size, resize_picture, resized_size
-from detector.engine.checkpoint import TrainState, load_checkpoint
+from detector.engine.checkpoint import CheckpointError, TrainState, load_checkpoint
 from detector.engine.evaluate import autocast
 from detector.engine.optim import resolve_precision
 from detector.models import RetinaNet, build_model
@@ -81,7 +81,10 @@ class Predictor:
 def model_of(state: TrainState, device: torch.device) -> RetinaNet:
     """The network of a checkpoint with the weights to use, in evaluation mode."""
     model = build_model(state.config.model, len(state.categories))
-    model.load_state_dict(state.weights)
+    try:
+        model.load_state_dict(state.weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's weights do not fit the network that it describes: {error}") from None
     model.to(device).eval()
     if state.config.train.channels_last:
         model.to(memory_format=torch.channels_last)

@@ -16,6 +16,7 @@ from detector.datasets.coco import CocoDataset, read_coco
 from detector.datasets.sampling import balanced_factors, repeat_factors
 from detector.datasets.transforms import padded_size, resized_size
 from detector.losses import effective_number, inverse_frequency
+from detector.losses.class_loss import USES
 from detector.losses.retinanet import ConstantLoss
 from detector.structures import Categories
 
@@ -128,6 +129,8 @@ def class_weights(loss: LossConfig, train_set: CocoDataset) -> list[float] | Non
         ConfigError: a list of another length than there are classes.
     """
     num_classes = len(train_set.categories)
+    if "alpha" not in USES[loss.cls]:
+        return None
     if isinstance(loss.alpha, tuple):
         if len(loss.alpha) != num_classes:
             raise ConfigError(

@@ -34,9 +34,11 @@ from detector.engine.optim import Ema, build_optimizer, resolve_precision, scale
 from detector.engine.predict import model_of
 from detector.engine.preflight import class_weights, class_weights_text, first_loss_text
 from detector.losses import RetinaNetLoss, build_loss
+from detector.losses.class_loss import USES
 from detector.losses.retinanet import ConstantLoss
 from detector.matching import Matches
 from detector.models import RetinaNet, build_anchors, build_model
+from detector.models.heads import background_bias, prior_bias
 from detector.models.weights import load_backbone_weights, transfer
 from detector.reports.draw import side_by_side
 from detector.structures import Batch, Detections
@@ -68,6 +70,10 @@ class Run:
         if config.train.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.model.train()
+        if config.loss.cls != "focal":
+            self.log.info(
+                f"loss.cls {config.loss.cls} uses {', '.join(USES[config.loss.cls])} of the settings of the class loss"
+            )
         alpha = class_weights(config.loss, train_set)
         if alpha is not None:
             self.log.info(class_weights_text(alpha, train_set))
@@ -76,7 +82,9 @@ class Run:
         self.optimizer = build_optimizer(self.model, config.optim, lr=self.base_lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.ema = Ema(self.model, config.train.ema.decay) if config.train.ema is not None else None
-        self.state = resumed or TrainState(config, train_set.categories, {}, step=0)
+        origin = source.origin if source is not None else []
+        self.state = resumed or TrainState(config, train_set.categories, {}, step=0, origin=origin)
+        self.state.alpha = alpha
         if resumed is not None:
             self._restore(resumed)
         # Of several processes only the first one's rows are saved, and each has the losses of its own images.
@@ -164,8 +172,12 @@ class Run:
         """Compare a fresh network's first class loss with its closed form; say so, or warn."""
         if self.config.train.init_from is not None:
             return
-        bias: Any = self.model.cls_subnet.predictor.bias
-        at_prior = bias.detach().view(self.model.anchors.num_per_cell, -1)[0]
+        head, num_classes = self.config.model.head, len(self.state.categories)
+        if head.activation == "softmax":
+            said = [0.0] * num_classes + [background_bias(head.prior_prob, num_classes)]
+        else:
+            said = [prior_bias(head.prior_prob)] * num_classes
+        at_prior = torch.tensor(said, device=self.device)
         parts = [
             self.loss.class_loss_at(at_prior, batch.targets, matched, num_pos=num_pos, num_images=num_images)
             for batch, matched in zip(batches, matches, strict=True)

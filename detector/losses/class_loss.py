@@ -24,8 +24,22 @@ Kind = Literal["focal", "focal_star", "poly1_focal", "quality_focal", "varifocal
 Activation = Literal["sigmoid", "softmax"]
 
 
+USES: dict[Kind, tuple[str, ...]] = {
+    "focal": ("alpha", "negative_weight", "gamma"),
+    "focal_star": ("alpha", "negative_weight", "gamma", "star_beta"),
+    "poly1_focal": ("alpha", "gamma", "poly_epsilon"),
+    "quality_focal": ("gamma",),
+    "varifocal": ("varifocal_alpha", "gamma"),
+    "ghm": ("ghm_bins",),
+    "ohem": ("ohem_batch", "ohem_nms_thresh", "ohem_negatives_per_positive"),
+    "bootstrap": ("bootstrap_fraction",),
+}
+"""The settings of `loss` that matter to each kind; ohem and bootstrap are plain cross entropy."""
+
+
 class ClassLoss:
-    """A class loss with its settings; called with what the network says and what it should have said.
+    """A class loss with its settings; called with what the network says and what it should have said. Settings that a kind
+    does not use (see USES) change nothing.
 
     Args:
         kind: of `loss.cls`.
@@ -33,6 +47,7 @@ class ClassLoss:
         alpha, gamma, negative_weight: as in `sigmoid_focal_loss`; several alphas, one per class, weigh positives.
         star_beta: of FL*.
         poly_epsilon: of Poly-1.
+        varifocal_alpha: of varifocal, for negatives.
         ghm_bins: of GHM-C.
         ohem_batch, ohem_nms_thresh, ohem_negatives_per_positive: of OHEM.
         bootstrap_fraction: of bootstrapping.
@@ -48,6 +63,7 @@ class ClassLoss:
         negative_weight: float | None = None,
         star_beta: float = 1.0,
         poly_epsilon: float = 1.0,
+        varifocal_alpha: float = 0.75,
         ghm_bins: int = 10,
         ohem_batch: int = 256,
         ohem_nms_thresh: float = 0.7,
@@ -56,9 +72,12 @@ class ClassLoss:
     ) -> None:
         self.kind: Kind = kind
         self.activation: Activation = activation
-        self.alpha = torch.tensor(alpha) if isinstance(alpha, Sequence) else alpha
-        self.gamma = 0.0 if kind in ("ohem", "bootstrap") else gamma
-        self.negative_weight = negative_weight
+        self.alpha: float | Tensor | None = None
+        if "alpha" in USES[kind]:
+            self.alpha = torch.tensor(alpha) if isinstance(alpha, Sequence) else alpha
+        self.gamma = gamma if "gamma" in USES[kind] else 0.0
+        self.negative_weight = negative_weight if "negative_weight" in USES[kind] else None
+        self.varifocal_alpha = varifocal_alpha
         self.star_beta = star_beta
         self.poly_epsilon = poly_epsilon
         self.ghm_bins = ghm_bins
@@ -66,6 +85,7 @@ class ClassLoss:
         self.ohem_nms_thresh = ohem_nms_thresh
         self.ohem_negatives_per_positive = ohem_negatives_per_positive
         self.bootstrap_fraction = bootstrap_fraction
+        self._weights: Tensor | None = None
         self.is_mean = kind in ("ghm", "ohem", "bootstrap")
         """Whether it is a mean over entries or anchors already, so that the number of images divides it rather than that of
         the positives."""
@@ -138,8 +158,7 @@ class ClassLoss:
         elif self.kind == "quality_focal":
             loss = quality_focal_loss(logits, targets * quality[:, None], gamma=self.gamma)
         elif self.kind == "varifocal":
-            balance = 0.75 if self.alpha is None or isinstance(self.alpha, Tensor) else self.alpha
-            loss = varifocal_loss(logits, targets * quality[:, None], alpha=balance, gamma=self.gamma)
+            loss = varifocal_loss(logits, targets * quality[:, None], alpha=self.varifocal_alpha, gamma=self.gamma)
         else:
             raise ValueError(f"{self.kind} has no loss of single anchors")
         return loss.sum(dim=1)
@@ -148,26 +167,33 @@ class ClassLoss:
         """Background is the last column."""
         num_classes = logits.shape[-1] - 1
         targets = torch.where(labels < 0, num_classes, labels)
-        weights = None
-        if self.alpha is not None or self.negative_weight is not None:
-            scalar = not isinstance(self.alpha, Tensor)
-            foreground = torch.as_tensor(1.0 if self.alpha is None else self.alpha, device=logits.device)
-            background = self.negative_weight
-            if background is None:
-                background = 1 - float(foreground) if scalar else 1.0
-            weights = torch.cat([foreground.float().expand(num_classes), logits.new_tensor([background])])
+        weights = self._softmax_weights(num_classes, logits.device)
         if self.kind == "focal_star":
             return softmax_focal_star_loss(logits, targets, alpha=weights, gamma=self.gamma, beta=self.star_beta)
         if self.gamma_family:
             return softmax_focal_loss(logits, targets, alpha=weights, gamma=self.gamma)
         raise ValueError(f"loss.cls {self.kind} has no softmax form")
 
+    def _softmax_weights(self, num_classes: int, device: torch.device) -> Tensor | None:
+        """Of the classes and, last, the background; made once for each device."""
+        if self.alpha is None and self.negative_weight is None:
+            return None
+        if self._weights is None or self._weights.device != device:
+            scalar = 1.0 if self.alpha is None else self.alpha
+            foreground = scalar.tolist() if isinstance(scalar, Tensor) else [float(scalar)] * num_classes
+            background = self.negative_weight
+            if background is None:
+                background = 1.0 if isinstance(scalar, Tensor) else 1 - scalar
+            self._weights = torch.tensor([*foreground, background], device=device)
+        return self._weights
+
     def _harmonised(self, outputs: HeadOutputs, labels: Tensor) -> Tensor:
         """GHM-C over the entries of the whole batch, so that the sums of its images add up to the mean times the images."""
         logits = outputs.all_cls_logits().float()
         ignored = (labels < -1)[..., None].expand_as(logits)
         each = ghm_loss(logits, one_hot(labels, logits.shape[-1]).float(), bins=self.ghm_bins, ignore=ignored)
-        return each.sum(dim=(1, 2)) * len(labels) / (~ignored).sum().clamp(min=1)
+        images = (labels >= -1).any(dim=1).sum()  # fillers are none
+        return each.sum(dim=(1, 2)) * images / (~ignored).sum().clamp(min=1)
 
     @torch.no_grad()
     def _choose(self, outputs: HeadOutputs, labels: Tensor) -> Tensor:

@@ -58,7 +58,9 @@ def anchor_losses(loss: AnchorLoss, logits: Tensor, labels: Tensor, quality: Ten
 
 
 def _counted(loss: AnchorLoss, x: Tensor, label: Tensor, quality: Tensor) -> Tensor:
-    return torch.where(label >= -1, loss(x, label.clamp(min=-1), quality), 0.0)
+    counted = label >= -1
+    x = torch.where(counted[:, None], x, 0.0)
+    return torch.where(counted, loss(x, label.clamp(min=-1), quality), 0.0)
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -51,7 +51,7 @@ def sigmoid_focal_loss(
     Raises:
         ValueError: shapes that do not go together; gamma below 0.
     """
-    logits = _wide(logits)
+    logits = unignored(_wide(logits), ignore)
     targets = _as_targets(targets, logits)
     if gamma < 0:
         raise ValueError(f"gamma must be at least 0, got {gamma}")
@@ -83,7 +83,7 @@ def sigmoid_focal_star_loss(
     Raises:
         ValueError: shapes that do not go together; gamma not above 0.
     """
-    logits = _wide(logits)
+    logits = unignored(_wide(logits), ignore)
     targets = _as_targets(targets, logits)
     if gamma <= 0:
         raise ValueError(f"gamma must be above 0, got {gamma}")
@@ -180,6 +180,12 @@ def _softmax_family(
 ) -> Tensor:
     """`each` gives the loss of log-probabilities of the true class."""
     logits = _wide(logits).movedim(dim, -1)
+    if ignore is not None:
+        ignore = ignore.bool()
+        logits = unignored(logits, ignore[..., None])
+    if alpha is not None:
+        alpha = torch.as_tensor(alpha, device=logits.device)
+        _require_shape(alpha, logits.shape[-1:], "alpha")
     log_p = torch.log_softmax(logits, dim=-1)
     if targets.is_floating_point():
         soft = targets.movedim(dim, -1) if targets.dim() == logits.dim() else targets
@@ -189,6 +195,8 @@ def _softmax_family(
         positives = None if background is None else 1 - soft[..., background]
     else:
         _require_shape(targets, logits.shape[:-1], "targets")
+        if ignore is not None:
+            targets = torch.where(ignore, 0, targets)  # what an ignored one says need not be a class
         loss = each(log_p.gather(-1, targets[..., None]).squeeze(-1))
         if alpha is not None:
             loss = loss * alpha.to(loss)[targets]
@@ -204,8 +212,9 @@ def reduce_loss(
     `positives`: how much of a positive each entry is, 0..1, for the reduction of this name.
 
     Raises:
-        ValueError: "positives" without anything to count.
+        ValueError: "positives" without anything to count; an unknown reduction.
     """
+    ignore = None if ignore is None else ignore.bool()
     counted = torch.ones_like(loss) if weights is None else weights.to(loss).expand_as(loss)
     if weights is not None:
         loss = loss * counted
@@ -218,11 +227,18 @@ def reduce_loss(
         return loss.sum()
     if reduction == "mean":
         return loss.sum() / counted.sum().clamp(min=torch.finfo(loss.dtype).tiny)
+    if reduction != "positives":
+        raise ValueError(f"reduction must be none, sum, mean or positives, got {reduction!r}")
     if positives is None:
         raise ValueError('reduction "positives" must know what a positive is: name the background class')
     if ignore is not None:
         positives = torch.where(ignore, 0.0, positives)
     return loss.sum() / positives.sum().clamp(min=1)
+
+
+def unignored(logits: Tensor, ignore: Tensor | None) -> Tensor:
+    """Zeros in place of ignored logits, so that not even NaN among them reaches a gradient."""
+    return logits if ignore is None else torch.where(ignore.bool(), 0.0, logits)
 
 
 def power(x: Tensor, gamma: float) -> Tensor:
@@ -257,6 +273,9 @@ def _require_shape(tensor: Tensor, shape: torch.Size, what: str) -> None:
 def _balanced(loss: Tensor, targets: Tensor, alpha: float | Tensor | None, negative_weight: float | None) -> Tensor:
     if alpha is None and negative_weight is None:
         return loss
+    if alpha is not None and not isinstance(alpha, float | int):
+        alpha = torch.as_tensor(alpha, device=loss.device)
+        _require_shape(alpha, loss.shape[-1:], "alpha")
     positive: float | Tensor = 1.0 if alpha is None else alpha.to(loss) if isinstance(alpha, Tensor) else alpha
     if negative_weight is None:
         negative_weight = 1.0 if isinstance(alpha, Tensor) or alpha is None else 1 - alpha

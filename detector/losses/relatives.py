@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detector.losses.focal import Reduction, power, reduce_loss, sigmoid_focal_loss
+from detector.losses.focal import Reduction, power, reduce_loss, sigmoid_focal_loss, unignored
 
 
 def poly1_focal_loss(
@@ -22,8 +22,8 @@ def poly1_focal_loss(
 ) -> Tensor:
     """Focal loss plus epsilon alpha_t (1 - p_t)^(gamma + 1) (Leng et al. 2022, "PolyLoss", section 5): the weight of the
     first term of the loss's expansion in 1 - p_t, changed by epsilon. For targets of 0 and 1."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    focal = sigmoid_focal_loss(logits, targets, alpha=alpha, gamma=gamma)
+    wide = unignored(logits if logits.dtype == torch.float64 else logits.float(), ignore)
+    focal = sigmoid_focal_loss(wide, targets, alpha=alpha, gamma=gamma)
     wrong = torch.where(targets > 0.5, torch.sigmoid(-wide), torch.sigmoid(wide))
     extra = power(wrong, gamma + 1)
     if isinstance(alpha, Tensor):
@@ -48,7 +48,7 @@ def quality_focal_loss(
     `quality`: in the shape of `logits`, 0 for negatives, 0..1 for positives (the overlap of the predicted box with its
     object). At a quality of 0 or 1 it is the focal loss without alpha.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = unignored(logits if logits.dtype == torch.float64 else logits.float(), ignore)
     quality = quality.to(wide.dtype)
     cross_entropy = F.binary_cross_entropy_with_logits(wide, quality, reduction="none")
     # |q - p| by the smaller of two differences of like numbers: confident entries keep their digits
@@ -70,7 +70,7 @@ def varifocal_loss(
     """Positives: q times the cross entropy with q; negatives: alpha p^gamma times theirs (Zhang et al. 2021,
     "VarifocalNet", equation 2): only negatives are focused, positives count by their quality. `quality` as in
     `quality_focal_loss`."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = unignored(logits if logits.dtype == torch.float64 else logits.float(), ignore)
     quality = quality.to(wide.dtype)
     cross_entropy = F.binary_cross_entropy_with_logits(wide, quality, reduction="none")
     weight = torch.where(quality > 0, quality, alpha * power(torch.sigmoid(wide), gamma))
@@ -111,7 +111,7 @@ def ghm_loss(
 ) -> Tensor:
     """Cross entropy of every entry, weighed by `ghm_weights` (GHM-C, equation 10; without the moving average over steps,
     which would make a step depend on those before it)."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = unignored(logits if logits.dtype == torch.float64 else logits.float(), ignore)
     targets = targets.to(wide.dtype)
     weight = ghm_weights((torch.sigmoid(wide) - targets).abs(), bins=bins, ignore=ignore)
     loss = F.binary_cross_entropy_with_logits(wide, targets, reduction="none") * weight

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from detector.boxes import decode, overlap
 from detector.config import Config
 from detector.losses.box import BoxLoss, box_loss, matched_boxes
-from detector.losses.class_loss import ClassLoss
+from detector.losses.class_loss import USES, ClassLoss
 from detector.matching import Matches, match_anchors
 from detector.structures import HeadOutputs, Targets
 
@@ -116,7 +116,9 @@ class RetinaNetLoss(nn.Module):
             return None
         num_classes = len(bias) - (self.class_loss.activation == "softmax")
         kinds = torch.arange(-1, num_classes, device=bias.device)
-        each = self.class_loss.each(bias.float().expand(len(kinds), -1), kinds, torch.zeros(len(kinds)))
+        each = self.class_loss.each(
+            bias.float().expand(len(kinds), -1), kinds, torch.zeros(len(kinds), device=bias.device)
+        )
         labels = labels_of(targets, matches)
         counts = torch.stack([(labels == kind).sum(dim=1) for kind in kinds], dim=1)  # (B, 1 + K)
         scale, _ = self._scales(matches, num_pos, num_images)
@@ -156,7 +158,7 @@ def build_loss(config: Config, *, alpha: Sequence[float] | None = None) -> Retin
     for key in ("alpha_exponent", "alpha_beta"):
         del settings[key]
     if isinstance(config.loss.alpha, str):
-        assert alpha is not None, "weights of the classes are counted before the loss is built"
+        assert alpha is not None or "alpha" not in USES[config.loss.cls], "weights of classes are counted beforehand"
         settings["alpha"] = alpha
     class_loss = ClassLoss(settings.pop("cls"), activation=config.model.head.activation, **settings)
     return RetinaNetLoss(class_loss, **box, **config.matching.model_dump())

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from detector.config import AnchorConfig, HeadConfig, ModelConfig, PostprocessConfig
-from detector.models.reading import WeightsError, read_content, tensors_in
+from detector.models.reading import WeightsError, named, read_content, short, tensors_in
 from detector.models.retinanet import build_model
 from detector.structures import Categories
 
@@ -80,8 +80,7 @@ class _Facts:
 
 def is_foreign(content: Any) -> bool:
     """Whether a file's content looks like another program's RetinaNet."""
-    names = _names(content)
-    return any(marker in names for marker in MARKERS.values())
+    return any(marker in named(content) for marker in MARKERS.values())
 
 
 def import_detector(path: Path, content: Any = None, said: Said | None = None) -> Imported:
@@ -131,25 +130,27 @@ MARKERS: dict[Source, str] = {
 """A tensor that only this program's RetinaNet has."""
 
 
-def _names(content: Any) -> set[str]:
-    for key in ("state_dict", "model", "params"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    return {str(k).removeprefix("module.") for k in content} if isinstance(content, Mapping) else set()
+def require_no_backbone(content: Any, path: Path) -> None:
+    """Send an image classifier to where it belongs.
+
+    Raises:
+        WeightsError: it is one.
+    """
+    if "layer1.0.conv1.weight" in named(content):
+        raise WeightsError(
+            f"{path} holds a backbone (an image classifier), not a detector; start a training from it by "
+            f"model.backbone_weights={path}"
+        )
 
 
 def _recognise(tensors: Mapping[str, Tensor], path: Path) -> Source:
     for source, marker in MARKERS.items():
         if marker in tensors:
             return source
-    if "layer1.0.conv1.weight" in tensors:
-        raise WeightsError(
-            f"{path} holds a backbone (an image classifier), not a detector; start a training from it by "
-            f"model.backbone_weights={path}"
-        )
+    require_no_backbone(tensors, path)
     raise WeightsError(
         f"{path} must be a RetinaNet of torchvision, detectron2 or mmdetection, recognised by "
-        f"{', '.join(MARKERS.values())}; got {_short(sorted(tensors))}"
+        f"{', '.join(MARKERS.values())}; got {short(sorted(tensors))}"
     )
 
 
@@ -265,6 +266,19 @@ def _in_towers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---- what the kinds of file decide ------------------------------------------------------------------------------
 
 
+TORCHVISION_ANCHORS = AnchorConfig(
+    sizes=tuple(
+        (float(x), float(int(x * 2 ** (1 / 3))), float(int(x * 2 ** (2 / 3)))) for x in (32, 64, 128, 256, 512)
+    ),
+    octave_scales=(1.0,),
+    strides="grid",
+    center_offset=0.0,
+    rounding="integer",
+)
+PIXEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+PIXEL_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
 def _describe_torchvision(_: Mapping[str, Tensor], renamed: dict[str, Tensor], facts: _Facts) -> None:
     """References: torchvision/models/detection/{retinanet,transform,anchor_utils}.py."""
     plain = any(name.endswith("num_batches_tracked") for name in renamed)
@@ -272,17 +286,9 @@ def _describe_torchvision(_: Mapping[str, Tensor], renamed: dict[str, Tensor], f
         "norm": "bn" if plain else "frozen_bn",
         "norm_eps": _torchvision_eps(plain, renamed, facts),
         "relu_before_p7": True,
-        "anchors": AnchorConfig(
-            sizes=tuple(
-                (float(x), float(int(x * 2 ** (1 / 3))), float(int(x * 2 ** (2 / 3)))) for x in (32, 64, 128, 256, 512)
-            ),
-            octave_scales=(1.0,),
-            strides="grid",
-            center_offset=0.0,
-            rounding="integer",
-        ),
-        "pixel_mean": (0.485 * 255, 0.456 * 255, 0.406 * 255),
-        "pixel_std": (0.229 * 255, 0.224 * 255, 0.225 * 255),
+        "anchors": TORCHVISION_ANCHORS,
+        "pixel_mean": PIXEL_MEAN,
+        "pixel_std": PIXEL_STD,
         "resize": "float_bilinear",
         "pad": "batch_max_32",
     }
@@ -385,15 +391,18 @@ def _describe_mmdet(_: Mapping[str, Tensor], renamed: dict[str, Tensor], facts: 
         "pad": "batch_max_32",
     }
     facts.postprocess |= {"drop_empty": True, "bound_shrinking": True}
-    if facts.said.style is None:
-        _read_mmdet_pictures(text, facts)
+    _read_mmdet_pictures(text, facts)
     _read_mmdet_boxes(text, facts)
+
+
+def _meta(facts: _Facts) -> Mapping[str, Any]:
+    meta = facts.content.get("meta") if isinstance(facts.content, dict) else None
+    return meta if isinstance(meta, dict) else {}
 
 
 def _mmdet_config(facts: _Facts) -> str:
     """The text of the config that such a file may carry (`config` in 2.x, `cfg` in 3.x)."""
-    meta = facts.content.get("meta") if isinstance(facts.content, Mapping) else None
-    return " ".join(str(meta.get(key, "")) for key in ("config", "cfg")) if isinstance(meta, Mapping) else ""
+    return " ".join(text for key in ("config", "cfg") if isinstance(text := _meta(facts).get(key), str))
 
 
 def _mmdet_style(text: str, facts: _Facts) -> Style:
@@ -408,41 +417,77 @@ def _mmdet_style(text: str, facts: _Facts) -> Style:
     return style
 
 
-_THREE = r"['\"]?\s*[=:]\s*[\[(]\s*([-\d.]+),\s*([-\d.]+),\s*([-\d.]+),?\s*[\])]"
+def _said_numbers(text: str, key: str, count: int | None, facts: _Facts) -> list[float] | None:
+    """`key=[1, 2.5, 1e-3]` or `key=3` in a config's text: its numbers; None if it is not there.
+
+    Raises:
+        WeightsError: it is there and is no list of so many numbers.
+    """
+    found = re.search(rf"\b{key}['\"]?\s*[=:]\s*(?:[\[(]([^\])]*)[\])]|([-+\w.]+))", text)
+    if found is None:
+        return None
+    try:
+        numbers = [float(part) for part in (found[1] or found[2] or "").split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or (count is not None and len(numbers) != count):
+        raise WeightsError(f"{facts.path}: the config in the file must give {key} as numbers, got {found[0]!r:.80}")
+    return numbers
 
 
 def _read_mmdet_pictures(text: str, facts: _Facts) -> None:
     """Mean, deviation, order of channels and test size, as far as the config in the file says them."""
     for key, setting in (("mean", "pixel_mean"), ("std", "pixel_std")):
-        stated = re.search(rf"\b{key}{_THREE}", text)
-        if stated:
-            facts.model[setting] = tuple(float(x) for x in stated.groups())
+        stated = _said_numbers(text, key, 3, facts)
+        if stated is not None:
+            facts.model[setting] = tuple(stated)
     order = re.search(r"\b(?:bgr_to_rgb|to_rgb)['\"]?\s*[=:]\s*(True|False|true|false)", text)
     if order:
         facts.model["channel_order"] = "rgb" if order[1].lower() == "true" else "bgr"
     _, _, pipeline = text.partition("test_pipeline")
     size = re.search(r"scale['\"]?\s*[=:]\s*[\[(]\s*(\d+),\s*(\d+)\s*,?\s*[\])]", pipeline)
     if size:
-        short, long = sorted((int(size[1]), int(size[2])))
-        facts.sizes = (short, long)
+        shorter, longer = sorted((int(size[1]), int(size[2])))
+        facts.sizes = (shorter, longer)
 
 
 def _read_mmdet_boxes(text: str, facts: _Facts) -> None:
-    """How boxes are coded, as far as the config in the file says it."""
-    meta = facts.content.get("meta") if isinstance(facts.content, Mapping) else None
-    version = str(meta.get("mmdet_version", "")) if isinstance(meta, Mapping) else ""
+    """Anchors, how boxes are coded and post-processing, as far as the config in the file says them."""
+    version = str(_meta(facts).get("mmdet_version", ""))
     if version.startswith(("0.", "1.")) or re.search(r"Legacy(AnchorGenerator|DeltaXYWHBBoxCoder)", text):
         raise WeightsError(
             f"{facts.path} is a network of mmdetection 1.x, whose boxes are a pixel larger and whose anchors lie otherwise; "
             "it cannot be taken over"
         )
-    four = r"['\"]?\s*[=:]\s*[\[(]\s*([-\d.]+),\s*([-\d.]+),\s*([-\d.]+),\s*([-\d.]+),?\s*[\])]"
-    means = re.search(rf"target_means{four}", text)
-    if means and any(float(x) for x in means.groups()):
-        raise WeightsError(f"{facts.path}: target_means must be 0, got {means[0]}; such boxes cannot be taken over")
-    deviations = re.search(rf"target_stds{four}", text)
-    if deviations:
-        facts.box_weights = [1 / float(x) for x in deviations.groups()]
+    if re.search(r"add_extra_convs['\"]?\s*[=:]\s*['\"]on_lateral", text):
+        raise WeightsError(f"{facts.path}: P6 must come from C5 or P5, got add_extra_convs='on_lateral'")
+    if re.search(r"relu_before_extra_convs['\"]?\s*[=:]\s*[Tt]rue", text):
+        facts.model["relu_before_p7"] = True
+    anchors = text.partition("anchor_generator")[2][:500]
+    usual: dict[str, list[float]] = {
+        "octave_base_scale": [4], "scales_per_octave": [3], "ratios": [0.5, 1, 2], "strides": [8, 16, 32, 64, 128],
+        "center_offset": [0],
+    }  # fmt: skip
+    for key, numbers in usual.items():
+        stated = _said_numbers(anchors, key, None, facts)
+        if stated is not None and stated != numbers:
+            raise WeightsError(
+                f"{facts.path}: {key} of the anchors must be {numbers}, got {stated}: it cannot be taken over"
+            )
+    if any(_said_numbers(text, "target_means", 4, facts) or []):
+        raise WeightsError(f"{facts.path}: target_means must be 0, got others; such boxes cannot be taken over")
+    deviations = _said_numbers(text, "target_stds", 4, facts)
+    if deviations is not None:
+        if min(deviations) <= 0:
+            raise WeightsError(f"{facts.path}: target_stds must be positive, got {deviations}")
+        facts.box_weights = [1 / x for x in deviations]
+    tail = text.partition("test_cfg")[2][:500]
+    for key, setting in (("score_thr", "score_thresh"), ("iou_threshold", "nms_thresh"), ("iou_thr", "nms_thresh"),
+                         ("nms_pre", "topk_candidates"), ("max_per_img", "detections_per_img")):  # fmt: skip
+        stated = _said_numbers(tail, key, 1, facts)
+        if stated is not None:
+            whole = setting in ("topk_candidates", "detections_per_img")
+            facts.postprocess[setting] = int(stated[0]) if whole else stated[0]
 
 
 NEEDED = {
@@ -456,9 +501,9 @@ NEEDED = {
 def _require_parts(renamed: Mapping[str, Tensor], unknown: list[str], source: Source, facts: _Facts) -> None:
     absent = [name for name in NEEDED if name not in renamed]
     if absent:
-        others = f"; it has {_short(sorted(unknown))}" if unknown else ""
+        others = f"; it has {short(sorted(unknown))}" if unknown else ""
         raise WeightsError(
-            f"{facts.path} lacks what every RetinaNet of {source} has: {_short(absent)} (in our names){others}"
+            f"{facts.path} lacks what every RetinaNet of {source} has: {short(absent)} (in our names){others}"
         )
     odd = [f"{name} {tuple(renamed[name].shape)}" for name, axes in NEEDED.items() if renamed[name].dim() != axes]
     for subnet, outputs in (("cls_subnet", 1), ("box_subnet", 4)):
@@ -466,7 +511,7 @@ def _require_parts(renamed: Mapping[str, Tensor], unknown: list[str], source: So
         if len(set(rows)) > 1 or any(r % outputs for r in rows):
             odd.append(f"{subnet}.predictor with {rows[0]} rows of weights and {rows[1]} biases")
     if odd:
-        raise WeightsError(f"{facts.path} holds tensors of shapes that no RetinaNet has: {_short(odd)} (in our names)")
+        raise WeightsError(f"{facts.path} holds tensors of shapes that no RetinaNet has: {short(odd)} (in our names)")
 
 
 # ---- what the tensors show --------------------------------------------------------------------------------------
@@ -525,7 +570,7 @@ def _count(names: Iterable[str], pattern: str) -> int:
 
 
 def _check_numbers(weights: dict[str, Tensor], facts: _Facts) -> None:
-    """Everything is float32 afterwards, in memory of its own."""
+    """Everything is float32 afterwards."""
     problems, narrowed = [], set()
     for name, tensor in weights.items():
         if name.endswith("num_batches_tracked"):
@@ -564,7 +609,7 @@ def _require_whole(
             "\n".join(
                 [
                     f"{facts.path} is not a RetinaNet of a known build ({model.backbone}, {num_classes} classes), got tensors",
-                    *(f"  {what}: {_short(names)}" for what, names in found if names),
+                    *(f"  {what}: {short(names)}" for what, names in found if names),
                 ]
             )
         )
@@ -619,8 +664,10 @@ def _with_our_classes(
 
 
 def _known_classes(num_outputs: int, source: Source, facts: _Facts) -> Categories:
-    names = _stored_names(facts.content)
+    names = _stored_names(facts)
     if names is not None and len(names) == num_outputs:
+        if len(set(names)) != len(names):
+            raise WeightsError(f"{facts.path} gives several classes the same name; say them with --categories")
         if tuple(names) == COCO.names:
             return COCO
         return Categories(tuple(range(1, num_outputs + 1)), tuple(names))
@@ -632,13 +679,10 @@ def _known_classes(num_outputs: int, source: Source, facts: _Facts) -> Categorie
     )
 
 
-def _stored_names(content: Any) -> list[str] | None:
+def _stored_names(facts: _Facts) -> list[str] | None:
     """mmdetection's files name their classes: meta.CLASSES (2.x), meta.dataset_meta.classes (3.x)."""
-    meta = content.get("meta") if isinstance(content, Mapping) else None
-    if not isinstance(meta, Mapping):
-        return None
-    dataset = meta.get("dataset_meta")
-    for place in (meta, dataset if isinstance(dataset, Mapping) else {}):
+    dataset = _meta(facts).get("dataset_meta")
+    for place in (_meta(facts), dataset if isinstance(dataset, dict) else {}):
         for key in ("CLASSES", "classes"):
             names = place.get(key)
             if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
@@ -653,6 +697,10 @@ def _told_classes(said: str, num_outputs: int, source: Source, facts: _Facts) ->
         # torchvision's reference scripts take COCO's category ids for labels
         if source == "torchvision" and num_outputs == max(categories.ids) + 1 and min(categories.ids) >= 0:
             return list(categories.ids), categories
+    elif Path(said).exists():
+        raise WeightsError(
+            f"--categories must be a .json file or names separated by commas, got {said}, which is neither"
+        )
     else:
         names = tuple(name.strip() for name in said.split(","))
         if not all(names) or len(set(names)) != len(names):
@@ -716,6 +764,14 @@ def to_torchvision(weights: Mapping[str, Tensor], model: ModelConfig, categories
         "model.head.bias_before_norm": (model.head.bias_before_norm, False),
         "model.head.activation": (model.head.activation, "sigmoid"),
         "model.head.channels": (model.head.channels or model.fpn_channels, model.fpn_channels),
+        "model.head.depth": (model.head.depth, 4),
+        "model.fpn_channels": (model.fpn_channels, 256),
+        "model.norm": (model.norm if model.norm == "gn" else "batch norm", "batch norm"),
+        "model.p6_from": (model.p6_from, "c5" if model.head.norm == "gn" else "p5"),
+        "model.anchors": (_sides(anchors), _sides(TORCHVISION_ANCHORS)),
+        "model.anchors.ratios": (anchors.ratios, TORCHVISION_ANCHORS.ratios),
+        "model.pixel_mean": (_rounded(model.pixel_mean), _rounded(PIXEL_MEAN)),
+        "model.pixel_std": (_rounded(model.pixel_std), _rounded(PIXEL_STD)),
     }
     odd = [f"  {key} is {has}, there it is always {wants}" for key, (has, wants) in rules.items() if has != wants]
     if odd:
@@ -756,6 +812,16 @@ def to_torchvision(weights: Mapping[str, Tensor], model: ModelConfig, categories
     return out
 
 
+def _sides(anchors: AnchorConfig) -> list[list[float]]:
+    """Of each level."""
+    sizes = [size if isinstance(size, tuple) else (size,) for size in anchors.sizes]
+    return [[round(side * scale, 3) for side in level for scale in anchors.octave_scales] for level in sizes]
+
+
+def _rounded(numbers: Iterable[float]) -> list[float]:
+    return [round(number, 2) for number in numbers]
+
+
 def advice_for_torchvision(model: ModelConfig, categories: Categories) -> list[str]:
     """How torchvision has to build the network for such a state dict, and what it will do differently."""
     second = model.head.norm == "gn" and model.p6_from == "c5"
@@ -779,10 +845,6 @@ def _torchvision_rows(categories: Categories) -> tuple[list[int], int]:
     if categories == COCO:
         return list(COCO.ids), 91
     return list(range(1, len(categories) + 1)), len(categories) + 1
-
-
-def _short(names: list[str], limit: int = 6) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 # ---- COCO's classes ---------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -38,6 +39,9 @@ DAMAGE = (
 MOST_UNPACKED = 2**30
 """Bytes that a compressed file may always unpack to; beyond, at most `MOST_COMPRESSED` times its size."""
 MOST_COMPRESSED = 50
+MOST_COPIED = 6
+"""Bytes that the stand-ins for numpy's functions may make, in sizes of the file (and `SPARE` more)."""
+SPARE = 2**20
 MOST_OPERATIONS = 5_000_000
 """Of a bare pickle. A detector's has some ten thousand."""
 
@@ -60,6 +64,7 @@ def read_content(path: Path, *, mmap: bool = False) -> Any:
         raise WeightsError(f"weights file must end in {', '.join(SUFFIXES)}, got {path}")
     if not path.is_file():
         raise WeightsError(f"weights file {path} does not exist")
+    _left.set(MOST_COPIED * path.stat().st_size + SPARE)
     try:
         _refuse_zip_bombs(path)
         if path.suffix == ".npz":
@@ -86,6 +91,16 @@ def read_content(path: Path, *, mmap: bool = False) -> Any:
         raise WeightsError(f"weights file {path} cannot be read, it may be damaged: {reason(error)}") from None
 
 
+_left: ContextVar[int] = ContextVar("_left")
+
+
+def _spend(size: int) -> None:
+    """A text that is written once can be asked for as bytes a million times."""
+    _left.set(_left.get() - size)
+    if _left.get() < 0:
+        raise pickle.UnpicklingError("it makes more of its data than it holds")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The named tensors of a file, wherever in it they are; see `read_content` and `tensors_in`."""
     return tensors_in(read_content(path), path)
@@ -98,16 +113,36 @@ def tensors_in(content: Any, path: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: it holds anything but named tensors.
     """
-    for key in ("state_dict", "model", "params"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = {str(k).removeprefix("module."): v for k, v in content.items()} if isinstance(content, Mapping) else {}
+    tensors = named(content)
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         odd = next((f", {k} being {type(v).__name__}" for k, v in tensors.items() if not isinstance(v, Tensor)), "")
         raise WeightsError(
             f"weights file {path} must hold a mapping from names to tensors, got {type(content).__name__}{odd}"
         )
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise WeightsError(
+                f"weights file {path}: {name} must be an ordinary tensor, got {tensor.layout} on {tensor.device}"
+            )
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise WeightsError(
+                f"weights file {path}: {name} claims {tensor.numel():,} numbers and stores fewer; no weights do"
+            )
     return tensors
+
+
+def named(content: Any) -> dict[str, Any]:
+    """What stands under names in a file's content: the innermost mapping of "state_dict", "model" or "params", without DDP's
+    "module."; nothing if it is no mapping."""
+    for key in ("state_dict", "model", "params"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    return {str(k).removeprefix("module."): v for k, v in content.items()} if isinstance(content, dict) else {}
+
+
+def short(names: Sequence[str], limit: int = 6) -> str:
+    """Some of a list of names, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def reason(error: BaseException) -> str:
@@ -123,8 +158,16 @@ def reason(error: BaseException) -> str:
 
 
 def _refuse_zip_bombs(path: Path) -> None:
-    if not zipfile.is_zipfile(path):
+    with path.open("rb") as file:
+        begins_as_zip = file.read(4) == b"PK\x03\x04"  # how torch tells
+        file.seek(max(0, path.stat().st_size - 22))
+        ends_as_zip = file.read(4) == b"PK\x05\x06"
+    if not begins_as_zip and not zipfile.is_zipfile(path):
         return
+    if (
+        not ends_as_zip
+    ):  # a comment behind the directory can hide another directory, and programs differ in which they find
+        raise zipfile.BadZipFile("the archive does not end with its directory")
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
     size = path.stat().st_size
@@ -175,6 +218,7 @@ class _Dtype(metaclass=_Sealed):
     def array(self, data: Any, shape: Any, *, fortran: bool) -> NDArray[Any]:
         if isinstance(data, str):  # as Python 2 wrote bytes
             data = data.encode("latin1")
+        _spend(len(data))
         flat = np.frombuffer(data, np.dtype(self.order + self.code))
         array: NDArray[Any] = flat.reshape(tuple(shape), order="F" if fortran else "C")
         return array.astype(array.dtype.newbyteorder("="), order="C")
@@ -226,6 +270,7 @@ class _Encode(metaclass=_Sealed):
     def __new__(cls, text: Any, encoding: Any = "latin1") -> Any:
         if encoding != "latin1" or not isinstance(text, str):
             raise pickle.UnpicklingError(f"bytes must be stored as latin1 text, got {encoding!r:.40}")
+        _spend(len(text))
         return text.encode("latin1")
 
 
@@ -303,17 +348,30 @@ def _check_operations(file: BinaryIO) -> None:
             raise pickle.UnpicklingError(f"it has more than {MOST_OPERATIONS:,} operations or objects")
 
 
-def _plain(content: Any) -> Any:
-    """Arrays replaced by tensors, anywhere in nested containers, which stay the same objects."""
+_UNFINISHED = object()
+
+
+def _plain(content: Any, seen: dict[int, Any] | None = None) -> Any:
+    """The same in new plain containers (those of a pickle can carry attributes that hide their methods), arrays replaced by
+    tensors. What is shared stays shared."""
+    seen = {} if seen is None else seen
     if isinstance(content, _Array):
         if content.array is None:
             raise pickle.UnpicklingError("an array is never filled")
         wide = content.array.dtype.kind == "u" and content.array.dtype.itemsize > 1  # which torch hardly knows
         return torch.from_numpy(content.array.astype(np.int64) if wide else content.array)
-    if isinstance(content, dict | list):
-        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-            if isinstance(value, _Array | dict | list | tuple):
-                content[key] = _plain(value)
-    elif type(content) is tuple and any(isinstance(value, _Array | dict | list | tuple) for value in content):
-        return tuple(_plain(value) for value in content)
-    return content
+    if not isinstance(content, dict | list) and type(content) is not tuple:
+        return content
+    if id(content) in seen:
+        if seen[id(content)] is _UNFINISHED:
+            raise RecursionError
+        return seen[id(content)]
+    seen[id(content)] = _UNFINISHED
+    made: Any
+    if isinstance(content, dict):
+        made = {key: _plain(value, seen) for key, value in dict.items(content)}
+    else:
+        made = [_plain(value, seen) for value in content]
+        made = tuple(made) if isinstance(content, tuple) else made
+    seen[id(content)] = made
+    return made

@@ -15,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detector.anchors import AnchorGenerator
 from detector.models.backbone import ResNet
-from detector.models.reading import DAMAGE, WeightsError, read_tensors, reason
+from detector.models.reading import DAMAGE, WeightsError, read_tensors, reason, short
 from detector.models.retinanet import RetinaNet
 from detector.structures import Categories
 
@@ -40,7 +40,7 @@ class LoadReport(NamedTuple):
             ("in the file but not used", self.unused),
         ):
             if names:
-                lines.append(f"  {len(names)} {title}: {_short(names)}")
+                lines.append(f"  {len(names)} {title}: {short(names)}")
         return "\n".join(lines)
 
 
@@ -82,7 +82,7 @@ def load_backbone_weights(backbone: ResNet, name: str, weights: str) -> LoadRepo
     if not loaded:
         raise WeightsError(
             f"{source} must hold weights of {name} under torchvision's names (conv1.weight, layer1.0.conv1.weight, "
-            f"...), got {_short(list(tensors))}"
+            f"...), got {short(list(tensors), 4)}"
         )
     backbone.load_state_dict({k: usable[k] for k in loaded}, strict=False)
     _check_unfilled(backbone, {*report.missing, *report.misshapen}, source)
@@ -98,13 +98,13 @@ def _check_unfilled(backbone: ResNet, unfilled: set[str], source: str) -> None:
     if frozen_norms:
         raise WeightsError(
             f"model.norm must not be frozen_bn on layers that no weights filled: {source} has no statistics for "
-            f"{_short(frozen_norms)}; set model.norm=bn (or gn)"
+            f"{short(frozen_norms)}; set model.norm=bn (or gn)"
         )
     fixed = {id(p) for part in backbone.frozen_parts() for p in part.parameters()}
     random_fixed = [k for k, p in backbone.named_parameters() if id(p) in fixed and k in unfilled]
     if random_fixed:
         raise WeightsError(
-            f"model.trainable_layers must be higher: {source} has nothing for {_short(random_fixed)}, which would stay "
+            f"model.trainable_layers must be higher: {source} has nothing for {short(random_fixed)}, which would stay "
             "random for ever; set model.trainable_layers=5"
         )
 
@@ -189,8 +189,8 @@ def transfer(
         updates.update({k: weights[k] for k in fitting})
         odd = [k for k in names if k in weights and k not in fitting]
         absent = [k for k in names if k not in weights]
-        notes = [f"other shape: {_short(odd)}"] if odd else []
-        notes += [f"not in the source: {_short(absent)}"] if absent else []
+        notes = [f"other shape: {short(odd)}"] if odd else []
+        notes += [f"not in the source: {short(absent)}"] if absent else []
         rows.append(TransferRow(part, len(fitting), len(names), "; ".join(notes)))
     if not updates:
         raise WeightsError("nothing of the source fits this model; compare model.backbone and model.fpn_channels")
@@ -224,11 +224,11 @@ def transfer(
     same = [name for k, name in known.items() if name == classes.names[k]]
     respelt = [f"{classes.names[k]} <- {name}" for k, name in known.items() if name != classes.names[k]]
     unknown = [name for k, name in enumerate(classes.names) if k not in known]
-    notes = [f"of the same name: {_short(same, 12)}"] if same else []
+    notes = [f"of the same name: {short(same, 12)}"] if same else []
     notes += (
         [f"under another spelling: {', '.join(respelt)}"] if respelt else []
     )  # all: a wrong pair is seen nowhere else
-    notes += [f"new, start from the prior: {_short(unknown, 12)}"] if unknown else []
+    notes += [f"new, start from the prior: {short(unknown, 12)}"] if unknown else []
     note = "; ".join(notes)
     rows.append(TransferRow("classes", len(known), len(classes), note))
     model.load_state_dict(updates, strict=False)
@@ -248,7 +248,3 @@ def _same_anchors(new: AnchorGenerator, old: AnchorGenerator) -> list[tuple[int,
         if len(same):
             pairs.append((i, int(same[0])))
     return pairs
-
-
-def _short(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

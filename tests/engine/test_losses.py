@@ -106,6 +106,9 @@ def test_weights_of_classes_are_counted_said_and_counted_alike_on_resuming(
     mean = sum(expected.values()) / 3
     for name, weight in weights.items():
         assert weight == pytest.approx(expected[name] / mean, rel=0.01)
+    stored = last_checkpoint(tmp_path / "run").alpha
+    assert stored is not None
+    assert [f"{x:.3g}" for x in stored] == [pair.split()[1] for pair in said.split(", ")]
     assert train(config, tmp_path / "run", resume="auto") == {}
 
 
@@ -141,15 +144,16 @@ def test_the_first_loss_is_compared_with_its_closed_form(
     assert loss == pytest.approx(total, rel=0.02)
 
 
+@pytest.mark.parametrize("what", ["weight", "bias"])
 def test_a_first_loss_that_cannot_be_is_warned_of(
-    data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    what: str, data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights that shout, as a wrong initialisation would."""
+    """Weights that shout, or a prior that was forgotten."""
 
     def loud(*arguments: Any) -> Any:
         model = build_model(*arguments)
         with torch.no_grad():
-            model.cls_subnet.predictor.weight.mul_(1000)
+            model.cls_subnet.predictor.get_parameter(what).mul_(1000 if what == "weight" else 0)
         return model
 
     monkeypatch.setattr(run_module, "build_model", loud)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -286,6 +287,46 @@ def test_no_logit_of_any_type_makes_nonsense_of_the_softmax_forms(
     assert torch.isfinite(leaf.grad).all()
 
 
+@pytest.mark.parametrize("name", SIGMOID)
+@pytest.mark.parametrize("nonsense", [math.nan, math.inf, -math.inf, 1e30])
+def test_nothing_that_is_ignored_reaches_a_loss_or_a_gradient(name: str, nonsense: float) -> None:
+    logits, targets = entries(9)
+    ignore = torch.arange(9) % 3 == 0
+    leaf = torch.where(ignore, nonsense, logits).requires_grad_()
+    loss = SIGMOID[name](leaf, targets, ignore=ignore)
+    torch.autograd.backward(loss.sum())
+    assert leaf.grad is not None
+    assert torch.isfinite(loss).all()
+    assert not loss[ignore].any()
+    assert torch.isfinite(leaf.grad).all()
+    assert not leaf.grad[ignore].any()
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_an_ignored_example_may_say_anything(name: str) -> None:
+    """-100 is what torch's own cross entropy ignores."""
+    logits, classes = examples(9)
+    ignore = torch.arange(9) % 3 == 0
+    leaf = torch.where(ignore[:, None], math.nan, logits).requires_grad_()
+    loss = SOFTMAX[name](leaf, torch.where(ignore, -100, classes), ignore=ignore.int())
+    torch.autograd.backward(loss.sum())
+    assert leaf.grad is not None
+    assert torch.isfinite(leaf.grad).all()
+    torch.testing.assert_close(loss[~ignore], SOFTMAX[name](logits, classes)[~ignore].detach())
+
+
+def test_arguments_that_make_no_sense_are_refused() -> None:
+    logits, classes = examples(6, 3)
+    for alpha in ([1.0, 2.0], [1.0] * 5):
+        with pytest.raises(ValueError, match=r"alpha must have shape \(3,\)"):
+            softmax_focal_loss(logits, classes, alpha=torch.tensor(alpha))
+        with pytest.raises(ValueError, match=r"alpha must have shape \(3,\)"):
+            sigmoid_focal_loss(logits, torch.zeros(6, 3), alpha=torch.tensor(alpha))
+    wrong: Any = "avg"
+    with pytest.raises(ValueError, match="reduction must be none, sum, mean or positives, got 'avg'"):
+        sigmoid_focal_loss(logits, torch.zeros(6, 3), reduction=wrong)
+
+
 # ---- weights of classes -----------------------------------------------------------------------------------------
 
 
@@ -425,6 +466,33 @@ def test_without_a_gradient_the_same_sums_come_out() -> None:
     torch.testing.assert_close(dense_loss(loss.each, logits, labels), expected.detach())
     torch.testing.assert_close(anchor_losses(loss.each, logits, labels).sum(dim=1), expected.detach())
     assert dense_loss(loss.each, logits[:0], labels[:0]).shape == (0,)
+
+
+def test_fillers_are_no_pictures_to_a_mean_over_pictures() -> None:
+    """Two pictures and one that stands for none give what the two give, summed."""
+    loss = class_loss("ghm")
+    logits, labels, _, anchors = head(softmax=False)
+    filled = torch.cat([logits, logits[:1] + 9]), torch.cat([labels, torch.full_like(labels[:1], -2)])
+    one = loss(outputs_of(logits, anchors), labels, None).sum()
+    other = loss(outputs_of(filled[0], anchors), filled[1], None).sum()
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", ["ohem", "bootstrap"])
+def test_chosen_examples_have_plain_cross_entropy_whatever_alpha_and_gamma_are(kind: Any) -> None:
+    logits, labels, _, anchors = head(softmax=False)
+    found = [
+        ClassLoss(kind, alpha=alpha, gamma=gamma, ohem_batch=1000, ohem_nms_thresh=1.0, bootstrap_fraction=1.0)(
+            outputs_of(logits, anchors), labels, None
+        )
+        for alpha, gamma in ((0.25, 2.0), (None, 0.0))
+    ]
+    torch.testing.assert_close(found[0], found[1])
+    cross = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, (labels[..., None] == torch.arange(4)).float(), reduction="none"
+    ).sum(dim=2)
+    counted = labels >= -1
+    torch.testing.assert_close(found[0], (cross * counted).sum(dim=1) / counted.sum(dim=1))
 
 
 # ---- hard examples ----------------------------------------------------------------------------------------------

@@ -248,19 +248,20 @@ def test_a_step_of_which_no_image_could_be_read_teaches_nothing(normalizer: Any)
 
 def test_build_loss_hands_over_every_setting() -> None:
     config = Config.model_validate_json(
-        """{"loss": {"cls": "ohem", "alpha": null, "negative_weight": 0.7, "gamma": 1.5, "star_beta": 0.3, "poly_epsilon": 0.2,
+        """{"loss": {"cls": "focal_star", "alpha": 0.4, "negative_weight": 0.7, "gamma": 1.5, "star_beta": 0.3, "poly_epsilon": 0.2,
+        "varifocal_alpha": 0.6,
         "ghm_bins": 7, "ohem_batch": 9, "ohem_nms_thresh": 0.4, "ohem_negatives_per_positive": 2, "bootstrap_fraction": 0.5,
         "box": "giou", "smooth_l1_beta": 0.5, "box_weight": 2.0, "normalizer": "per_image"},
         "matching": {"fg_iou_thresh": 0.6, "bg_iou_thresh": 0.3, "low_quality_matches": true, "ignore_regions": false},
         "model": {"head": {"activation": "softmax"}}}"""
     )
     built = build_loss(config)
-    settings = {**config.loss.model_dump(), **config.matching.model_dump(), "activation": "softmax", "gamma": 0.0}
+    settings = {**config.loss.model_dump(), **config.matching.model_dump(), "activation": "softmax"}
     for name in ("cls", "alpha_exponent", "alpha_beta"):
         del settings[name]
     for name, value in settings.items():
         assert vars(built).get(name, vars(built.class_loss).get(name)) == value, name
-    assert built.class_loss.kind == "ohem"
+    assert built.class_loss.kind == "focal_star"
 
 
 def test_weights_counted_from_the_data_reach_the_loss() -> None:

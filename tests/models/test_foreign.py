@@ -213,11 +213,37 @@ def test_boxes_coded_otherwise_are_recoded(told: str, small: State, tmp_path: Pa
         ({"cfg": "anchor_generator=dict(type='LegacyAnchorGenerator')"}, "of mmdetection 1.x"),
         ({"mmdet_version": "1.2.0+abc"}, "of mmdetection 1.x"),
         ({"cfg": "target_means=[0.1, 0.0, 0.0, 0.0]"}, "target_means must be 0"),
+        ({"cfg": "target_stds=[0.0, 0.1, 0.2, 0.2]"}, "target_stds must be positive"),
+        ({"cfg": "target_stds=[0.1, 0.1]"}, "must give target_stds as numbers"),
+        ({"cfg": "mean=[103.53, a, 2]"}, "must give mean as numbers"),
+        (
+            {"cfg": "anchor_generator=dict(ratios=[0.3, 1.0, 3.0])"},
+            r"ratios of the anchors must be \[0.5, 1, 2\], got \[0.3, 1.0, 3.0\]",
+        ),
+        ({"cfg": "anchor_generator=dict(octave_base_scale=3)"}, r"octave_base_scale of the anchors must be \[4\], got"),
+        ({"cfg": "neck=dict(add_extra_convs='on_lateral')"}, "P6 must come from C5 or P5"),
+        ({"CLASSES": ("a",) * 80}, "several classes the same name"),
     ],
 )
 def test_networks_that_would_be_misread_are_refused(meta: Any, told: str, small: State, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=told):
         import_of({"meta": meta, "state_dict": small}, tmp_path)
+
+
+def test_what_the_config_in_a_file_says_of_boxes_is_believed(small: State, tmp_path: Path) -> None:
+    text = """anchor_generator=dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=3, ratios=[0.5, 1.0, 2.0],
+        strides=[8, 16, 32, 64, 128]), relu_before_extra_convs=True, target_stds=[1e-1, 1e-1, 2e-1, 2e-1],
+        test_cfg=dict(nms_pre=500, min_bbox_size=0, score_thr=0.1, nms=dict(type='nms', iou_threshold=0.6), max_per_img=50)"""
+    imported = import_of({"meta": {"cfg": text}, "state_dict": small}, tmp_path)
+    assert imported.model.relu_before_p7
+    found = imported.postprocess
+    assert (found.score_thresh, found.nms_thresh, found.topk_candidates, found.detections_per_img) == (
+        0.1,
+        0.6,
+        500,
+        50,
+    )
+    assert any("boxes coded with weights 10, 10, 5, 5" in note for note in imported.notes)
 
 
 def test_what_ghm_remembers_is_no_part_of_the_network(small: State, tmp_path: Path) -> None:
@@ -329,7 +355,8 @@ def test_no_shape_of_any_tensor_ends_in_anything_but_an_error(
     shape: tuple[int, ...], small: State, tmp_path: Path
 ) -> None:
     for name in (n for n in small if not n.endswith("num_batches_tracked")):
-        if small[name].shape != shape and ("layer1.0" in name or not name.startswith("backbone")):
+        part = re.search(r"layer1\.0\.(conv|bn)2|conv1|lateral_convs\.[02]|fpn_convs\.[034]|cls_convs\.0|retina", name)
+        if small[name].shape != shape and part:
             content = {"state_dict": {**small, name: torch.zeros(shape)}}
             with pytest.raises(WeightsError, match=r"w\.pth"):
                 import_detector(tmp_path / "w.pth", content)
@@ -351,6 +378,8 @@ def test_a_classifier_is_sent_to_where_it_belongs(tmp_path: Path, capsys: pytest
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "r18.pth")
     assert convert([str(tmp_path / "r18.pth"), str(tmp_path / "ours.pt")]) == 2
     assert f"model.backbone_weights={tmp_path / 'r18.pth'}" in capsys.readouterr().err
+    with pytest.raises(WeightsError, match=r"model\.backbone_weights="):
+        load_checkpoint(tmp_path / "r18.pth")
 
 
 def test_another_detector_is_told_from_a_retinanet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,6 +387,32 @@ def test_another_detector_is_told_from_a_retinanet(tmp_path: Path, capsys: pytes
     for arguments in ([], ["--source", "torchvision"]):
         assert convert([str(tmp_path / "frcnn.pth"), str(tmp_path / "ours.pt"), *arguments]) == 2
         assert "roi_heads" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["model.backbone=resnet50", "model.anchors.ratios=[1.0]", "model.head.depth=3"])
+def test_settings_that_describe_another_network_are_refused(
+    setting: str, small: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"state_dict": small}, tmp_path / "w.pth")
+    assert convert([str(tmp_path / "w.pth"), str(tmp_path / "ours.pt"), setting]) == 2
+    assert "do not fit the network that it describes" in capsys.readouterr().err
+    assert not (tmp_path / "ours.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--box-weights", "nan,1,1,1"], ["--box-weights", "1,1"], ["--norm-eps", "-1"], ["--norm-eps", "nan"],
+        ["--to", "torchvision", "--style", "caffe"], ["--to", "torchvision", "model.norm_eps=0"],
+    ],
+)  # fmt: skip
+def test_options_that_make_no_sense_are_refused(options: list[str], small: State, tmp_path: Path) -> None:
+    torch.save({"state_dict": small}, tmp_path / "w.pth")
+    with pytest.raises(SystemExit, match="2"):
+        convert([str(tmp_path / "w.pth"), str(tmp_path / "ours.pt"), *options])
+    with pytest.raises(SystemExit, match="2"):
+        convert([str(tmp_path / "w.pth"), str(tmp_path / "nowhere" / "ours.pt")])
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_nothing_is_written_over(small: State, tmp_path: Path) -> None:

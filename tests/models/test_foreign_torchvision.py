@@ -323,6 +323,21 @@ def test_networks_that_torchvision_cannot_build_are_not_written_for_it(
     assert not (tmp_path / "back.pth").exists()
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.anchors.sizes=[[16,20,25],[32,40,50],[64,80,101],[128,161,203],[256,322,406]]", "model.anchors.ratios=[0.5,1.0,3.0]",
+        "model.pixel_mean=[1,2,3]", "model.pixel_std=[1,1,1]", "model.relu_before_p7=false",
+    ],
+)  # fmt: skip
+def test_what_torchvision_would_do_otherwise_is_not_written_for_it(
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = converted(frozen(4), tmp_path, "--categories", "a,b,c", setting)
+    assert convert([str(checkpoint), str(tmp_path / "back.pth"), "--to", "torchvision"]) == 2
+    assert setting.partition("=")[0].rpartition(".sizes")[0] or setting.partition("=")[0] in capsys.readouterr().err
+
+
 def test_own_classes_are_written_after_the_background(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     back = to_torchvision_and_back(scrambled(v2(4)), tmp_path, "--categories", "a,b,c")
     told = capsys.readouterr().out
@@ -343,5 +358,3 @@ def test_a_foreign_file_serves_without_conversion(tmp_path: Path) -> None:
     assert direct.categories == stored.categories == COCO
     assert direct.origin == stored.origin
     assert all(torch.equal(direct.model[k], v) for k, v in stored.model.items())
-    (path,) = pictures(tmp_path / "in")[:1]
-    assert len(by_us(tmp_path / "out", tmp_path / "theirs.pth", [path])) == 1

@@ -366,6 +366,64 @@ def test_small_pickles_that_ask_for_much_are_refused(
         read_content(tmp_path / "bomb.pkl")
 
 
+@pytest.mark.parametrize("comment", [b"PK\x05\x06", b"harmless", b"PK\x05\x06" + bytes(18)])
+def test_no_comment_hides_a_zip_bomb(comment: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs differ in which directory they find where a comment looks like one."""
+    monkeypatch.setattr(reading, "MOST_UNPACKED", 2**20)
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(2**22))
+        archive.comment = comment
+    with pytest.raises(WeightsError, match=r"bomb\.pth cannot be read"):
+        read_content(path)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_containers_shared_a_thousand_times_are_looked_at_once(suffix: str, tmp_path: Path) -> None:
+    nest: Any = []
+    for _ in range(100):
+        nest = [nest, nest]
+    path = tmp_path / f"shared{suffix}"
+    if suffix == ".pkl":
+        path.write_bytes(pickle.dumps({"x": nest}))
+    else:
+        torch.save({"x": nest}, path)
+    found = read_content(path)["x"]
+    assert found[0] is found[1]
+
+
+def test_attributes_of_a_container_hide_nothing(tmp_path: Path) -> None:
+    odd: Any = OrderedDict(some_tensors())
+    odd.get = None
+    (tmp_path / "w.pkl").write_bytes(
+        pickle.dumps(OrderedDict({k: v.numpy() for k, v in some_tensors().items()}), protocol=2)[:-1]
+        + b"}U\x03getNsU\x05itemsNsb."
+    )
+    torch.save(odd, tmp_path / "w.pth")
+    for name in ("w.pkl", "w.pth"):
+        assert read_tensors(tmp_path / name).keys() == some_tensors().keys()
+
+
+def test_data_that_is_used_again_and_again_is_refused(tmp_path: Path) -> None:
+    """A text written once, asked for as bytes a thousand times."""
+    text = b"X" + struct.pack("<I", 2**20) + b"x" * 2**20
+    call = b"c_codecs\nencode\nh\x00U\x06latin1\x86Ra"
+    (tmp_path / "bomb.pkl").write_bytes(b"\x80\x02" + text + b"q\x000]" + call * 1000 + b".")
+    with pytest.raises(WeightsError, match=r"bomb\.pkl"):
+        read_content(tmp_path / "bomb.pkl")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(1).expand(2**20, 2**20), torch.eye(3).to_sparse(), torch.zeros(3, device="meta")],
+    ids=["claims more than it stores", "sparse", "without data"],
+)
+def test_tensors_that_are_not_what_they_seem_are_refused(tensor: Tensor, tmp_path: Path) -> None:
+    torch.save({"w": tensor}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"w\.pth"):
+        read_tensors(tmp_path / "w.pth")
+
+
 def test_an_npz_that_claims_a_vast_array_is_told(tmp_path: Path) -> None:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**7, 10**7)})
