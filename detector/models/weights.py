@@ -110,6 +110,11 @@ def _check_unfilled(backbone: ResNet, unfilled: set[str], source: str) -> None:
 
 
 def _download(name: str) -> dict[str, Tensor]:
+    if name not in torchvision.models.list_models():
+        raise WeightsError(
+            f"torchvision has no ImageNet weights of {name}; set model.backbone_weights to a file, or to none (with "
+            "model.norm=bn or gn) to train from scratch"
+        )
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:

@@ -87,7 +87,7 @@ def scrambled(model: TorchvisionRetinaNet, *, seed: int = 0) -> TorchvisionRetin
 
 
 @torch.no_grad()
-def spread_scores(model: TorchvisionRetinaNet, images: list[Tensor], share: float = 1e-4) -> None:
+def spread_scores(model: TorchvisionRetinaNet, images: list[Tensor], share: float = 1.5e-4) -> None:
     """Scale and shift the class scores so that every class has its share and so many of all are above the threshold."""
     head = model.head.classification_head
     last = head.cls_logits

@@ -180,6 +180,13 @@ def test_a_failing_download_says_where_to_put_the_file(
     assert load_backbone_weights(resnet18(), "resnet18", "imagenet") is not None
 
 
+def test_a_backbone_that_torchvision_has_no_weights_of_is_told() -> None:
+    with torch.device("meta"):
+        backbone = ResNet("resnext101_32x4d", norm="bn", norm_eps=1e-5, num_trainable_layers=5)
+    with pytest.raises(WeightsError, match=r"no ImageNet weights of resnext101_32x4d; set model\.backbone_weights"):
+        load_backbone_weights(backbone, "resnext101_32x4d", "imagenet")
+
+
 def test_a_download_of_other_content_than_promised_is_refused(
     download: Download, monkeypatch: pytest.MonkeyPatch
 ) -> None:
