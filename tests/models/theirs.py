@@ -153,7 +153,7 @@ def _last(state: State, make: Maker, cls: str, box: str, num_classes: int) -> No
     state[f"{box}.bias"][6:8] = -5.0  # the second anchor's shrink more than mmdetection lets them
 
 
-def calibrate(state: State, bias: str, logits: list[Tensor], *, count: int = 300) -> None:
+def calibrate(state: State, bias: str, logits: list[Tensor], *, count: int = 500) -> None:
     """Shift the classes' biases so that so many of these logits score above 0.05."""
     best = torch.cat([x.flatten() for x in logits]).topk(count + 1).values[-2:]
     state[bias] += math.log(0.05 / 0.95) - best.mean()  # between two of them, so that the threshold is no near-tie
