@@ -297,7 +297,9 @@ class TrainConfig(Section):
     batch_size: PositiveInt = 16  # images per optimizer step, over all processes and micro-batches
     micro_batch: PositiveInt | None = None  # images per forward pass and process; null: all of the process's share
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware has it, else fp32
-    compile: Literal["auto"] | bool = "auto"  # torch.compile; auto: on CUDA yes, on CPU no (measured: no gain)
+    compile: Literal["auto"] | bool = (
+        "auto"  # torch.compile; auto: on CUDA for long runs, on CPU never (measured: no gain)
+    )
     channels_last: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

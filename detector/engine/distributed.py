@@ -34,7 +34,11 @@ def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device must be cpu or auto on this machine, got cuda: torch sees no CUDA device")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cudnn.benchmark = True  # a run has few shapes of input
+    torch.backends.cudnn.allow_tf32 = False  # "fp32" shall mean fp32
+    return torch.device("cuda")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from detector.datasets.images import ImageError, decode_image
 from detector.datasets.loader import DetectionDataset, build_loader, to_device, unreadable
 from detector.datasets.sampling import SampleKey, eval_batches
 from detector.engine import distributed
+from detector.engine.detect import Detector
 from detector.engine.optim import resolve_precision
 from detector.matching import Matches
 from detector.models import RetinaNet
@@ -28,12 +29,6 @@ from detector.structures import GroundTruth, HeadOutputs, Targets
 
 class PipelineError(RuntimeError):
     """Boxes that go through the pipeline do not come back as they were."""
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The context in which a network runs at "fp32", "bf16" or "fp16"."""
-    dtype = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
 
 def evaluate_model(
@@ -87,20 +82,17 @@ def detect(
     found: list[CocoResults] = []
     lost: list[int] = []
     done, total = 0, sum(map(len, batches))
+    detector = Detector(model, config.postprocess.model_dump(), precision=precision, device=device)
     # Every picture is padded as if it were alone: far too many shapes to compile the network for.
-    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"):
         for batch in loader:
-            on_device = to_device(batch, device)
-            with autocast(precision, device):
-                outputs = model(on_device.images, on_device.image_sizes)
-            detections = postprocess(
-                outputs, batch.image_sizes, original_sizes=batch.original_sizes, **config.postprocess.model_dump()
-            )
+            images = to_device(batch, device).images
+            detections = detector(images, batch.image_sizes, original_sizes=batch.original_sizes)
             for image_id, index, detection in zip(
                 batch.image_ids.tolist(), batch.index.tolist(), detections, strict=True
             ):
                 if index >= 0:
-                    found.append(detections_to_results(image_id, detection.cpu(), coco.categories))
+                    found.append(detections_to_results(image_id, detection, coco.categories))
                 else:
                     lost.append(unreadable(index))
             done += len(detections)
@@ -163,7 +155,7 @@ def perfect_score(position: NDArray[np.int64]) -> NDArray[np.float64]:
     return score
 
 
-def round_trip(model: RetinaNet, match: Callable[[Tensor, Targets], Matches], coco: CocoDataset, config: Config,
+def round_trip(model: RetinaNet, match: Callable[..., Matches], coco: CocoDataset, config: Config,
                indices: Sequence[int] | None = None) -> CocoResults:  # fmt: skip
     """Ground truth by way of real batches, matching, encoding, decoding and un-resizing, as if it had been detected.
 
@@ -180,7 +172,12 @@ def round_trip(model: RetinaNet, match: Callable[[Tensor, Targets], Matches], co
     for loaded in build_loader(dataset, eval_keys(coco, config, indices), num_workers=0):
         batch = to_device(loaded, torch.device("cpu"))
         anchors = model.anchors_of(batch.images)
-        outputs = perfect_outputs(anchors, batch.targets, match(anchors, batch.targets), len(coco.categories))
+        outputs = perfect_outputs(
+            anchors,
+            batch.targets,
+            match(anchors, batch.targets, grids=model.grids_of(batch.images)),
+            len(coco.categories),
+        )
         detections = postprocess(outputs, batch.image_sizes, original_sizes=batch.original_sizes, **settings)
         for image_id, detection in zip(batch.image_ids.tolist(), detections, strict=True):
             found.append(detections_to_results(image_id, detection, coco.categories))
@@ -189,7 +186,7 @@ def round_trip(model: RetinaNet, match: Callable[[Tensor, Targets], Matches], co
 
 def prove_pipeline(
     model: RetinaNet,
-    match: Callable[[Tensor, Targets], Matches],
+    match: Callable[..., Matches],
     coco: CocoDataset,
     config: Config,
     *,
@@ -216,7 +213,8 @@ def prove_pipeline(
     published = CocoResults.concatenate([_as_results(coco, i) for i in chosen])
     max_dets = (1, 10, max(100, len(truth.areas)))
     expected = evaluate(truth, published, engine=config.eval.engine, max_dets=max_dets).values["AP50"]
-    back = round_trip(model, match, coco, config, chosen)
+    with torch.compiler.set_stance("force_eager"):  # `match` may be compiled, for another device
+        back = round_trip(model, match, coco, config, chosen)
     reached = evaluate(truth, back, engine=config.eval.engine, max_dets=max_dets).values["AP50"]
     if reached < expected - 0.01:
         raise PipelineError(

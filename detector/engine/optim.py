@@ -115,9 +115,17 @@ class Ema:
         torch._foreach_lerp_(averaged, current, 1 - keep)
 
 
-def resolve_precision(
-    precision: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device
-) -> Literal["fp32", "bf16", "fp16"]:
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """The context in which a network runs at a precision."""
+    dtype = torch.bfloat16 if precision == "fp32" else DTYPES[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def resolve_precision(precision: Literal["auto"] | Precision, device: torch.device) -> Precision:
     """Fill in "auto": bf16 where the hardware multiplies it, else fp32."""
     if precision != "auto":
         return precision

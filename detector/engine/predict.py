@@ -19,10 +19,9 @@ from detector.datasets.loader import EMPTY, Sample, collate, to_device
 from detector.datasets.sampling import SampleKey
 from detector.datasets.transforms import padded_size, resize_picture, resized_size
 from detector.engine.checkpoint import CheckpointError, TrainState, load_checkpoint
-from detector.engine.evaluate import autocast
+from detector.engine.detect import Detector
 from detector.engine.optim import resolve_precision
 from detector.models import RetinaNet, build_model
-from detector.postprocess import postprocess
 from detector.structures import Batch, Categories, Detections, HeadOutputs
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
@@ -50,22 +49,25 @@ class Predictor:
         self.apply_exif = state.apply_exif and self.config.data.exif != "ignore"
         """Pass it to `decode_image`, so that pictures lie as those of training did."""
         self.device = device
-        self.model = model_of(state, device)
-        self.settings: dict[str, Any] = self.config.postprocess.model_dump()
+        settings: dict[str, Any] = self.config.postprocess.model_dump()
         if score_thresh is not None:
-            self.settings["score_thresh"] = score_thresh
-        self.precision = resolve_precision(self.config.eval.precision, device)
+            settings["score_thresh"] = score_thresh
+        precision = resolve_precision(self.config.eval.precision, device)
+        self.detector = Detector(model_of(state, device), settings, precision=precision, device=device)
 
     def __call__(self, image: NDArray[np.uint8]) -> Detections:
         """Objects in one (H, W, 3) uint8 RGB picture, boxes in its pixels."""
-        outputs, batch = self.outputs(image)
-        (detections,) = postprocess(outputs, batch.image_sizes, original_sizes=batch.original_sizes, **self.settings)
-        return detections.cpu()
+        batch = self.batch_of(image)
+        (detections,) = self.detector(batch.images, batch.image_sizes, original_sizes=batch.original_sizes)
+        return detections
 
-    @torch.inference_mode()
-    def outputs(self, image: NDArray[np.uint8]) -> tuple[HeadOutputs, Batch]:
-        """What the network says about one (H, W, 3) uint8 RGB picture, and the batch that it was made into (its images on
-        the device, all else in main memory)."""
+    def outputs(self, image: NDArray[np.uint8]) -> HeadOutputs:
+        """What the network says about one (H, W, 3) uint8 RGB picture."""
+        batch = self.batch_of(image)
+        return self.detector.outputs(batch.images, batch.image_sizes)
+
+    def batch_of(self, image: NDArray[np.uint8]) -> Batch:
+        """One (H, W, 3) uint8 RGB picture as the network takes it: the image on the device, all else in main memory."""
         data, model = self.config.data, self.config.model
         original = (image.shape[0], image.shape[1])
         size = resized_size(original, min_size=data.eval_size, max_size=data.max_size, resize=model.resize)
@@ -73,9 +75,7 @@ class Predictor:
             image = resize_picture(image, size, model.resize)
         key = SampleKey(0, 0, data.eval_size, padded_size(size, model.pad))
         loaded = collate([Sample(image, size, EMPTY, 0, original, key)])
-        batch = to_device(loaded, self.device)
-        with autocast(self.precision, self.device):
-            return self.model(batch.images, batch.image_sizes), loaded._replace(images=batch.images, unresized=None)
+        return loaded._replace(images=to_device(loaded, self.device).images, unresized=None)
 
 
 def model_of(state: TrainState, device: torch.device) -> RetinaNet:

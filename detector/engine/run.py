@@ -26,6 +26,7 @@ from detector.datasets.sampling import StepPlanner
 from detector.engine import distributed
 from detector.engine.analyze import collect_examples, loss_holders
 from detector.engine.checkpoint import TrainState, load_checkpoint, save_checkpoint, write_json
+from detector.engine.compiling import compile_step
 from detector.engine.errors import DivergedError, Interrupted, RunError, Stop
 from detector.engine.evaluate import evaluate_model
 from detector.engine.interval import Interval
@@ -42,6 +43,9 @@ from detector.models.heads import background_bias, prior_bias
 from detector.models.weights import load_backbone_weights, transfer
 from detector.reports.draw import side_by_side
 from detector.structures import Batch, Detections
+
+STEPS_WORTH_COMPILING = 3000
+"""A minute or two of compilation is won back by then (docs/benchmarks.md)."""
 
 
 class Run:
@@ -92,11 +96,6 @@ class Run:
         self.state.config, self.state.versions = config, versions_of_everything(device)
         self.state.apply_exif = not train_set.overrides_exif
         self.state.train_set = train_set.fingerprint()
-        compiled = config.train.compile is True or (config.train.compile == "auto" and device.type == "cuda")
-        if compiled:
-            # Once per shape, of which multi-scale training has dozens; beyond the default limit of 8 it would go on eager.
-            torch._dynamo.config.recompile_limit = 128
-            self.model.compile(dynamic=False)
         self.network: nn.Module = self.model
         if distributed.world_size() > 1:
             ids = [device.index] if device.type == "cuda" else None
@@ -140,6 +139,17 @@ class Run:
             now = versions_of_everything(self.device).get(key)
             if now != then:
                 self.log.warn(f"{key} was {then}, is {now}: the run goes on, but not bit for bit as it would have")
+
+    def compile_if_worth_it(self, steps: int) -> None:
+        """Have the step compiled, as `train.compile` says, for a run with so many steps to go."""
+        wanted = self.config.train.compile
+        if wanted == "auto":
+            wanted = self.device.type == "cuda" and steps >= STEPS_WORTH_COMPILING
+        if wanted:
+            self.log.info(
+                "the training step is compiled where it meets a new shape of input, which takes a minute each"
+            )
+            compile_step(self.model, self.loss)
 
     def announce(self, planner: StepPlanner, total_steps: int) -> None:
         """What is about to be trained, and how."""

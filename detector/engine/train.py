@@ -20,11 +20,11 @@ from detector.datasets.loader import DetectionDataset, build_loader, to_device
 from detector.datasets.sampling import StepPlanner, TrainSampler
 from detector.engine import distributed
 from detector.engine.checkpoint import load_checkpoint, make_folder, require_same_data, save_checkpoint, state_to_resume
-from detector.engine.errors import Interrupted, Stop
-from detector.engine.evaluate import autocast, prove_pipeline
+from detector.engine.errors import Interrupted, RunError, Stop
+from detector.engine.evaluate import prove_pipeline
 from detector.engine.interval import Interval
 from detector.engine.logger import RunLog
-from detector.engine.optim import lr_factor, set_lr
+from detector.engine.optim import autocast, lr_factor, set_lr
 from detector.engine.preflight import data_warnings, open_datasets, sampling_factors
 from detector.engine.run import Run, finished_metrics
 from detector.structures import Batch
@@ -87,6 +87,7 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
         for dataset in (train_set, *others):
             log.info(dataset.summary())
         run.announce(planner, total_steps)
+        run.compile_if_worth_it(total_steps - start_step)
         for line in data_warnings(run.model.anchors, train_set, others, config):
             log.warn(line)
         if val_set is not None and start_step == 0:
@@ -111,7 +112,10 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
             # where the evaluation of a finished epoch is due, that epoch comes again, with no step left to do
             start_epoch = start_step // planner.steps_per_epoch - int(evaluation_due)
             for epoch in range(start_epoch, config.train.epochs):
-                train_one_epoch(run, batches, sampler, epoch, stop)
+                try:
+                    train_one_epoch(run, batches, sampler, epoch, stop)
+                except torch.OutOfMemoryError as error:
+                    raise out_of_memory(run, sampler) from error
                 last = epoch + 1 == config.train.epochs
                 if val_set is not None and (last or (epoch + 1) % config.eval.every_epochs == 0):
                     run.state.evaluation_due = True
@@ -155,7 +159,10 @@ def train_one_epoch(run: Run, batches: Iterator[Batch], sampler: TrainSampler, e
             distributed.barrier()  # torchrun ends the others as soon as one is gone
             raise Interrupted(asked or signal.SIGTERM)
         # Matching needs no outputs, so the normaliser of the whole step is known before its first forward pass.
-        matches = [run.loss.match(run.model.anchors_of(b.images), b.targets) for b in micro_batches]
+        matches = [
+            run.loss.match(run.model.anchors_of(b.images), b.targets, grids=run.model.grids_of(b.images))
+            for b in micro_batches
+        ]
         counts = torch.stack(
             [
                 torch.stack([m.num_pos.sum() for m in matches]).sum(),
@@ -200,6 +207,23 @@ def train_one_epoch(run: Run, batches: Iterator[Batch], sampler: TrainSampler, e
         every = config.train.checkpoint_every_steps
         if every is not None and step % every == 0 and within + 1 < planner.steps_per_epoch:
             run.save()  # the epoch's last step is saved after its evaluation, which a resumed run would leave out
+
+
+def out_of_memory(run: Run, sampler: TrainSampler) -> RunError:
+    """What the step at hand took, what there is, and which settings make it less."""
+    planner = sampler.planner
+    epoch, within = divmod(run.state.step, planner.steps_per_epoch)
+    keys = planner.keys(epoch, within, planner.epoch(epoch)[within])
+    share = -(-len(keys) // distributed.world_size())
+    at_once = -(-share // sampler.num_micro_batches(len(keys)))
+    height, width = keys[0].canvas
+    there = f" of {torch.cuda.mem_get_info(run.device)[1] / 1e9:.0f} GB" if run.device.type == "cuda" else ""
+    bn = " (norm bn then sees fewer pictures at once)" if run.config.model.norm == "bn" else ""
+    return RunError(
+        f"the memory{there} must hold {at_once} pictures of {height} x {width} pixels at once in step {run.state.step + 1}, "
+        f"and does not; set train.micro_batch={max(1, at_once // 2)}, which does the same step in smaller parts{bn}, or a "
+        f"data.min_size below {keys[0].min_size}, or train.precision=bf16; --resume auto goes on from the last checkpoint"
+    )
 
 
 def training_data(train_set: CocoDataset, config: Config) -> DetectionDataset:

@@ -37,9 +37,12 @@ def dense_loss(loss: AnchorLoss, logits: Tensor, labels: Tensor, quality: Tensor
         (B,) fp32. On a CPU it can be differentiated once, and not again.
     """
     quality = torch.zeros(labels.shape, device=labels.device) if quality is None else quality
-    if logits.device.type == "cpu" and logits.requires_grad:
+    if logits.device.type == "cpu" and logits.requires_grad and not torch.compiler.is_compiling():
         sums: Tensor = _ChunkedLoss.apply(logits, labels, quality, loss)
         return sums
+    if torch.compiler.is_compiling():  # where nothing of the loss's inside is stored, all images are one block
+        flat = _counted(loss, logits.flatten(0, 1).float(), labels.flatten(), quality.flatten())
+        return flat.view(labels.shape).sum(dim=1)
     each = [_counted(loss, x.float(), label, q) for x, label, q in zip(logits, labels, quality, strict=True)]
     return torch.stack([e.sum() for e in each]) if each else logits.new_zeros(0, dtype=torch.float32)
 
@@ -126,11 +129,12 @@ def dense_focal_loss(
         it can be taken once, and not differentiated again.
     """
     num_classes = logits.shape[-1]
-    positive = torch.as_tensor(1.0 if alpha is None else alpha, dtype=torch.float32, device=logits.device)
+    scalar = 1.0 if alpha is None else alpha
+    positive = scalar if isinstance(scalar, Tensor) else torch.full((), scalar, device=logits.device)
     if negative_weight is None:
         negative_weight = 1.0 if alpha is None or isinstance(alpha, Tensor) else 1 - alpha
-    positive = positive.expand(num_classes)
-    if logits.device.type == "cpu":
+    positive = positive.to(logits.device, torch.float32).expand(num_classes)
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         sums: Tensor = _ChunkedFocalLoss.apply(logits, labels, positive, negative_weight, gamma)
         return sums
     return _plain_focal_loss(logits, labels, positive, negative_weight, gamma)

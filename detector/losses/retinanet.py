@@ -43,8 +43,11 @@ class RetinaNetLoss(nn.Module):
         self.low_quality_matches = low_quality_matches
         self.ignore_regions = ignore_regions
 
-    def match(self, anchors: Tensor, targets: Targets) -> Matches:
-        """Match anchors (A, 4) to the objects of a batch; needs no outputs, so it can be done ahead of the network."""
+    def match(self, anchors: Tensor, targets: Targets, *, grids: Sequence[tuple[int, int]] | None = None) -> Matches:
+        """Match anchors (A, 4) to the objects of a batch; needs no outputs, so it can be done ahead of the network.
+
+        `grids`: of the levels, see `matching.match_anchors`.
+        """
         return match_anchors(
             anchors,
             targets,
@@ -52,6 +55,7 @@ class RetinaNetLoss(nn.Module):
             bg_iou_thresh=self.bg_iou_thresh,
             low_quality_matches=self.low_quality_matches,
             ignore_regions=self.ignore_regions,
+            grids=grids,
         )
 
     def forward(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
+import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from detector.config import Norm
@@ -83,7 +85,92 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, H, W) normalised images to C3, C4, C5: (B, C, H / 8, W / 8) and so on, rounded up."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        c3 = self.layer2(self.layer1(x))
-        c4 = self.layer3(c3)
-        return c3, c4, self.layer4(c4)
+        x = self.maxpool(normed_conv(self.conv1, self.bn1, images, relu=True))
+        outputs = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in layer:
+                x = residual(block, x)
+            outputs.append(x)
+        return outputs[1], outputs[2], outputs[3]
+
+
+def residual(block: Any, x: Tensor) -> Tensor:
+    """torchvision's BasicBlock and Bottleneck, with `normed_conv` for their pairs of layers."""
+    bottleneck = isinstance(block, Bottleneck)
+    out = normed_conv(block.conv1, block.bn1, x, relu=True)
+    out = normed_conv(block.conv2, block.bn2, out, relu=bottleneck)
+    if bottleneck:
+        out = normed_conv(block.conv3, block.bn3, out)
+    shortcut = x if block.downsample is None else normed_conv(block.downsample[0], block.downsample[1], x)
+    return F.relu(out.add_(shortcut), inplace=True)
+
+
+def normed_conv(conv: nn.Module, norm: nn.Module, x: Tensor, *, relu: bool = False) -> Tensor:
+    """norm(conv(x)), then ReLU if asked. Under autocast, where the statistics are fixed, they are folded into the convolution's weight, which
+    saves passes in fp32 over the feature map; the parameters stay as they are. (In fp32 the order of operations stays the
+    reference implementations', whose outputs deep networks would otherwise leave by more than rounding.)"""
+    if not (_is_fixed(norm) and torch.is_autocast_enabled(x.device.type)):
+        if relu and isinstance(norm, nn.Identity):
+            return conv_relu(conv, x)
+        out: Tensor = norm(conv(x))
+    else:
+        layer: Any = conv
+        out = F.conv2d(x, *_folded(conv, norm), layer.stride, layer.padding, layer.dilation, layer.groups)
+    return F.relu(out, inplace=True) if relu else out
+
+
+def conv_relu(conv: Any, x: Tensor) -> Tensor:
+    """relu(conv(x)), as one kernel where nothing is differentiated and the GPU's library has one."""
+    plain = torch.is_grad_enabled() or not x.is_cuda or conv.weight.dtype != x.dtype or conv.bias is None
+    if not plain and _has_fused(x.device, x.dtype):
+        fused: Tensor = torch.cudnn_convolution_relu(
+            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+        return fused
+    return F.relu(conv(x), inplace=True)
+
+
+@cache
+def _has_fused(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether cuDNN has convolution, bias and ReLU in one for the type: tried out, because no version says."""
+    if dtype == torch.float32:
+        return False  # where the order of operations is to stay the reference's
+    x = torch.randn(1, 8, 8, 8, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(8, 8, 3, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    bias = torch.randn(8, device=device, dtype=dtype)
+    try:
+        fused = torch.cudnn_convolution_relu(x, weight, bias, (1, 1), (1, 1), (1, 1), 1)
+    except RuntimeError:
+        return False
+    plain = F.relu(F.conv2d(x, weight, bias, padding=1))
+    return bool(torch.allclose(fused, plain, rtol=0.05, atol=0.1))
+
+
+def _folded(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does both."""
+    layer: Any = conv
+    fixed: Any = norm
+    scale = fixed.weight * torch.rsqrt(fixed.running_var + fixed.eps)
+    bias = torch.addcmul(fixed.bias, fixed.running_mean, scale, value=-1)
+    return layer.weight * scale[:, None, None, None], bias
+
+
+@torch.no_grad()
+def fold_norms(backbone: ResNet) -> None:
+    """Make normalisations of fixed statistics part of the convolutions before them, for good."""
+    pairs = [(backbone, "conv1", "bn1")]
+    for block in backbone.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            pairs += [(block, f"conv{i}", f"bn{i}") for i in range(1, 4 if isinstance(block, Bottleneck) else 3)]
+            if block.downsample is not None:
+                pairs.append((block.downsample, "0", "1"))
+    for parent, conv_name, norm_name in pairs:
+        conv, norm = parent.get_submodule(conv_name), parent.get_submodule(norm_name)
+        if _is_fixed(norm):
+            weight, bias = _folded(conv, norm)
+            conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+            setattr(parent, norm_name, nn.Identity())
+
+
+def _is_fixed(norm: nn.Module) -> bool:
+    return isinstance(norm, FrozenBatchNorm2d) or (isinstance(norm, nn.BatchNorm2d) and not norm.training)

@@ -41,11 +41,22 @@ class FeaturePyramid(nn.Module):
         outputs = [self.output[-1](merged)]
         for level in range(len(features) - 2, -1, -1):
             lateral = self.lateral[level](features[level])
-            merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
+            merged = _plus_enlarged(lateral, merged)
             outputs.insert(0, self.output[level](merged))
         p6 = _strided(self.p6, features[-1] if self.p6_from == "c5" else outputs[-1])
         p7 = _strided(self.p7, F.relu(p6) if self.relu_before_p7 else p6)
         return [*outputs, p6, p7]
+
+
+def _plus_enlarged(fine: Tensor, coarse: Tensor) -> Tensor:
+    """(B, C, H, W) plus (B, C, H / 2, W / 2), or rounded up, enlarged to it by repeating."""
+    height, width = coarse.shape[-2:]
+    if fine.shape[-2:] != (2 * height, 2 * width):
+        return fine + F.interpolate(coarse, size=fine.shape[-2:], mode="nearest")
+    # A sum with every cell's four: the enlarged map need not be made, nor its gradient be scattered.
+    fours = fine.view(*fine.shape[:2], height, 2, width, 2) + coarse[:, :, :, None, :, None]
+    enlarged: Tensor = fours.flatten(4, 5).flatten(2, 3)
+    return enlarged
 
 
 def _strided(conv: nn.Module, x: Tensor) -> Tensor:

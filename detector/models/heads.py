@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+
+from detector.models.backbone import conv_relu
 
 
 class Subnet(nn.Module):
@@ -61,7 +64,15 @@ class Subnet(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """[(B, C, H_l, W_l)] to ((B, H_l * W_l * num_anchors, outputs)), cells row by row, anchors within."""
-        return tuple(self._by_anchor(self.predictor(self.tower(x))) for x in features)
+        return tuple(self._by_anchor(self.predictor(self._hidden(x))) for x in features)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or (len(self.tower) and isinstance(self.tower[1], nn.GroupNorm)):
+            hidden: Tensor = self.tower(x)
+            return hidden
+        for conv in self.tower[::2]:
+            x = conv_relu(conv, x)
+        return x
 
     def _by_anchor(self, x: Tensor) -> Tensor:
         # free of copies where x is channels_last

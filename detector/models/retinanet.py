@@ -62,13 +62,21 @@ class RetinaNet(nn.Module):
             images: (B, 3, H, W) uint8, or float32 in 0..255, RGB.
             image_sizes: (B, 2) height and width of each without padding.
         """
-        return self.forward_normalized(self.normalize(images, image_sizes))
+        cls_logits, box_deltas = self.look(images, image_sizes)
+        return HeadOutputs(cls_logits, box_deltas, self.anchors_of(images), self.activation)
 
     def forward_normalized(self, images: Tensor) -> HeadOutputs:
         """The same from a normalised, zero-padded (B, 3, H, W) float batch."""
-        features = self.fpn(self.backbone(images))
-        anchors = self.anchors_of(images)
-        return HeadOutputs(self.cls_subnet(features), self.box_subnet(features), anchors, self.activation)
+        return HeadOutputs(*self.heads(images), self.anchors_of(images), self.activation)
+
+    def look(self, images: Tensor, image_sizes: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Logits and deltas, `forward` without the anchors: tensors in, tensors out, which is what can be compiled."""
+        return self.heads(self.normalize(images, image_sizes))
+
+    def heads(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Logits and deltas of a normalised batch, per level."""
+        features = self.fpn(self.backbone(images.to(self.backbone.conv1.weight.dtype)))
+        return self.cls_subnet(features), self.box_subnet(features)
 
     def normalize(self, images: Tensor, image_sizes: Tensor) -> Tensor:
         """Subtract the mean, divide by the deviation, then zero what is padding (so that zero means "average grey")."""
@@ -83,12 +91,14 @@ class RetinaNet(nn.Module):
             return out.contiguous(memory_format=torch.channels_last)
         return out
 
-    # its cache, once captured, would ask for another compilation with every new size
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def grids_of(self, images: Tensor) -> list[tuple[int, int]]:
+        """Height and width in cells of the levels of a (B, 3, H, W) batch."""
+        return pyramid_grids((images.shape[-2], images.shape[-1]))
+
     def anchors_of(self, images: Tensor) -> Tensor:
         """(A, 4) anchors of a (B, 3, H, W) batch; needs no pass through the network."""
         size = (images.shape[-2], images.shape[-1])
-        anchors: Tensor = self.anchors(size, pyramid_grids(size), images.device)
+        anchors: Tensor = self.anchors(size, self.grids_of(images), images.device)
         return anchors
 
 

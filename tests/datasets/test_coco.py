@@ -829,7 +829,7 @@ def test_a_folder_too_many_or_too_few_in_the_names_is_pointed_out(make: Make) ->
     with pytest.raises(DatasetError, match=r"take the folders\s+out of\s+file_name"):
         read_coco(annotations, images, progress=False)
     make(altered("images", 0, file_name="b.png"))
-    with pytest.raises(DatasetError, match=r"set the\s+image\s+folder to that"):
+    with pytest.raises(DatasetError, match=r"set\s+the\s+image\s+folder\s+to\s+that"):
         read_coco(annotations, images, progress=False)
 
 

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,38 @@ def test_an_empty_file_is_no_image(tmp_path: Path) -> None:
     for read in (read_header, lambda p: decode_image(p, apply_exif=False)):
         with pytest.raises(ImageError, match=r"a\.jpg: the file is empty"):
             read(path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quality": 90}, {"quality": 30, "subsampling": 0}, {"subsampling": 1}, {"subsampling": 2, "optimize": True},
+        {"progressive": True}, {"restart_marker_rows": 1}, {"keep_rgb": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_jpegs_of_every_kind_equal_pillows(tmp_path: Path, settings: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)).resize(
+        (131, 97), Image.Resampling.BICUBIC
+    )
+    coarse.save(tmp_path / "a.jpg", **settings)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert np.array_equal(decode_image(tmp_path / "a.jpg", apply_exif=True), np.asarray(image.convert("RGB")))
+    taken = images_module._usual_jpeg(tmp_path / "a.jpg")
+    assert taken is not None
+    assert taken.flags.writeable
+    assert taken.flags.c_contiguous
+
+
+def test_a_jpeg_with_a_remark_is_judged_by_pillow(tmp_path: Path) -> None:
+    """Bytes between its segments: libjpeg warns and goes on."""
+    Image.new("RGB", (64, 48), (200, 30, 90)).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content.replace(b"\xff\xda", b"\x01\x02\x03\xff\xda", 1))
+    assert images_module._usual_jpeg(tmp_path / "a.jpg") is None
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert np.array_equal(decode_image(tmp_path / "a.jpg", apply_exif=True), np.asarray(image.convert("RGB")))
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")

@@ -199,7 +199,7 @@ def test_detections_do_not_depend_on_the_batch_size_and_are_those_of_single_file
     np.testing.assert_allclose(found[1].boxes, found[4].boxes, atol=1e-2)
 
     predictor = Predictor(state, device=CPU, score_thresh=0.0)
-    predictor.settings["detections_per_img"] = 20
+    predictor.detector.settings["detections_per_img"] = 20
     for i in range(len(coco)):
         alone = predictor(decode_image(coco.path(i), apply_exif=False))
         rows = found[1].image_ids == coco.image_ids[i]

@@ -170,4 +170,4 @@ def test_averaged_weights_are_used(whole: Run) -> None:
 
     ema = load_checkpoint(whole.out / "checkpoints" / "best.pt").ema
     assert ema is not None
-    assert all(torch.equal(v, ema[k]) for k, v in predictor.model.state_dict().items())
+    assert all(torch.equal(v, ema[k]) for k, v in predictor.detector.model.state_dict().items())

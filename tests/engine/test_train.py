@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from detector.config import ConfigError, config_from_dict, load_config, resolve_
 from detector.engine import run as run_module
 from detector.engine import train as train_module
 from detector.engine.checkpoint import load_checkpoint
-from detector.engine.errors import DivergedError
+from detector.engine.compiling import compile_step
+from detector.engine.errors import DivergedError, RunError
 from detector.engine.evaluate import evaluate_model
 from detector.engine.score import score_checkpoint
 from detector.engine.train import train
@@ -79,20 +81,26 @@ def test_a_compiled_run_learns_what_an_eager_one_learns(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Captured and differentiated ahead, as on a GPU; only the code generator, which takes minutes, is left out."""
-    compile_module = torch.nn.Module.compile
-    compiled = []
-
-    def capture_only(module: torch.nn.Module, **settings: Any) -> None:
-        compiled.append(module)
-        compile_module(module, backend="aot_eager", **settings)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", capture_only)
+    monkeypatch.setattr("detector.engine.run.compile_step", partial(compile_step, backend="aot_eager"))
     for name, compile_it in (("eager", False), ("compiled", True)):
         train(tiny_config(tmp_path, data, **SHORT, train__compile=compile_it, data__val=None), tmp_path / name)
-    assert len(compiled) == 1
     eager, ours = last_checkpoint(tmp_path / "eager").model, last_checkpoint(tmp_path / "compiled").model
     for key, value in eager.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_too_little_memory_is_told_with_the_sizes_and_the_settings_that_help(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(RetinaNetLoss, "forward", full)
+    config = tiny_config(tmp_path, data, **SHORT, data__val=None, model__norm="bn", train__precision="fp32")
+    with pytest.raises(
+        RunError, match=r"4 pictures of 96 x 64 pixels at once in step 1, and does not; set train.micro_batch=2"
+    ):
+        train(config, tmp_path / "out")
 
 
 def test_a_checkpoint_tells_all_about_its_model(whole: Run) -> None:

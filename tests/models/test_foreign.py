@@ -94,7 +94,7 @@ def test_converted_networks_compute_and_find_the_same(name: str, tmp_path: Path)
         expected = found._replace(labels=torch.tensor(COCO.ids)[found.labels])
         theirs.assert_same(ours, expected)
         total += len(found.scores)
-        computed = predictor.outputs(decode_image(path, apply_exif=True))[0].cls_logits
+        computed = predictor.outputs(decode_image(path, apply_exif=True)).cls_logits
         assert len(computed) == len(logits)
         for level, (one, other) in enumerate(zip(computed, logits, strict=True)):
             height, width = other.shape[-2:]

@@ -174,9 +174,9 @@ def test_a_batch_of_pictures_of_several_sizes_gives_the_same(tmp_path: Path) -> 
     canvas = padded_size(largest, predictor.config.model.pad)
     loaded = collate([s._replace(key=s.key._replace(canvas=canvas)) for s in samples])
     batch = to_device(loaded, torch.device("cpu"))
-    settings = predictor.settings | {"detections_per_img": 10_000}
+    settings = predictor.detector.settings | {"detections_per_img": 10_000}
     found = postprocess(
-        predictor.model(batch.images, batch.image_sizes),
+        predictor.detector.outputs(batch.images, batch.image_sizes),
         batch.image_sizes,
         original_sizes=batch.original_sizes,
         **settings,

@@ -289,7 +289,7 @@ def check(case: Case, folder: Path) -> None:
         expected = found._replace(labels=torch.tensor(categories.ids)[found.labels])
         theirs.assert_same(ours, expected)
         here.objects(ours, expected)
-        computed = predictor.outputs(decode_image(picture, apply_exif=True))[0].cls_logits
+        computed = predictor.outputs(decode_image(picture, apply_exif=True)).cls_logits
         here.logits([x[0].reshape(-1, num_classes) for x in computed], [_by_anchor(x, num_classes) for x in logits])
 
         again, logits_again = theirs.mmdet_detect(state, picture, **size)

@@ -1,0 +1,61 @@
+"""Suppression of a whole batch against torchvision's of single images."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
+
+CASES = {
+    # batch, places, of which candidates, classes, limit
+    "nothing found": (2, 300, [0, 0], 3, 10),
+    "one box": (1, 1, [1], 1, 5),
+    "more than may be kept": (3, 300, [300, 120, 0], 4, 20),
+    "fewer than may be kept": (2, 64, [64, 10], 2, 100),
+    "a single class": (1, 500, [500], 1, 300),
+}
+
+
+def candidates(batch: int, count: int, live: list[int], classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    corner = torch.rand(batch, count, 2, generator=random) * 200
+    boxes = torch.cat([corner, corner + 5 + torch.rand(batch, count, 2, generator=random) * 60], dim=2)
+    scores = torch.rand(batch, count, generator=random).sort(dim=1, descending=True).values
+    for row, number in zip(scores, live, strict=True):
+        row[number:] = -torch.inf
+    return boxes, scores, torch.randint(0, classes, (batch, count), generator=random)
+
+
+def check(device: str) -> None:
+    """Every case gives what torchvision gives."""
+    from detector.nms import suppress
+
+    for batch, count, live, classes, limit in CASES.values():
+        boxes, scores, labels = candidates(batch, count, live, classes)
+        kept = suppress(boxes.to(device), scores.to(device), labels.to(device), nms_thresh=0.5, limit=limit).cpu()
+        assert kept.shape == (batch, limit)
+        for i, number in enumerate(live):
+            expected = batched_nms(boxes[i, :number], scores[i, :number], labels[i, :number], 0.5)[:limit]
+            assert torch.equal(kept[i], torch.nn.functional.pad(expected, (0, limit - len(expected)), value=-1))
+
+
+def test_the_kernel_keeps_what_torchvision_keeps() -> None:
+    """In Triton's interpreter, which has to be chosen before the kernel is read."""
+    code = "from tests.test_nms import check; check('cpu')"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_compiled_kernel_keeps_what_torchvision_keeps() -> None:
+    check("cuda")
