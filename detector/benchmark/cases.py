@@ -172,9 +172,10 @@ def _same_losses(options: Options, x: Inputs, ours: RetinaNet, theirs: Any) -> R
     with torch.compiler.set_stance("force_eager"):
         mine = OurStep(ours, options, "fp32", compiled=False).losses(x)
         its = TheirStep(theirs, options, "fp32").losses(x)
-        off = max(float((a - b).abs() / b.abs()) for a, b in zip(mine, its, strict=True))
+        off = max(float(((a - b).abs() / b.abs()).detach()) for a, b in zip(mine, its, strict=True))
         if off > 1e-5:
-            raise DifferentError(f"losses must agree to 1e-5, got {[*map(float, mine)]} and {[*map(float, its)]}")
+            said = [[float(part.detach()) for part in parts] for parts in (mine, its)]
+            raise DifferentError(f"losses must agree to 1e-5, got {said[0]} and {said[1]}")
         sum(mine).backward()  # type: ignore[union-attr]
         sum(its).backward()  # type: ignore[union-attr]
     theirs_by_size = [p.grad for p in theirs.parameters() if p.grad is not None]

@@ -155,7 +155,7 @@ def where_time_goes(work: Work, device: torch.device, trace: Path) -> list[tuple
 def machine_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of the best that this machine does now: a matrix product on a GPU, on a CPU the best of a product
     and a convolution as the subnets do it."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     works: list[tuple[float, Work]] = [(2.0 * size**3, lambda: a @ b)]
     if device.type == "cpu":

@@ -76,10 +76,10 @@ def _results(images: int) -> tuple[GroundTruth, CocoResults]:
     return truth, CocoResults(found.astype(np.int64), kinds.astype(np.int64) + 1, detections, rng.random(len(found)))
 
 
-def loading(size: tuple[int, int], *, workers: int, batch: int, repeats: int) -> dict[str, Any]:
+def loading(size: tuple[int, int], *, workers: int, batch: int, repeats: int, pictures: int = 256) -> dict[str, Any]:
     """640x480 JPEG files, mirrored by chance and resized to `size`, as batches; images a second once the workers run."""
     with tempfile.TemporaryDirectory() as folder:
-        annotations = _write_pictures(Path(folder), 256)
+        annotations = _write_pictures(Path(folder), pictures)
         timed = {name: Measured() for name in ("ours", "peer", "again")}
         for _ in range(repeats):
             for name in timed:
