@@ -271,8 +271,8 @@ def loss(options: Options) -> list[Row]:
     anchors = _anchors(options)
     random = torch.Generator().manual_seed(0)
     labels = torch.full((options.batch, len(anchors)), -1)
-    labels[:, torch.randperm(len(anchors), generator=random)[:100]] = 3 % options.classes
-    labels[:, torch.randperm(len(anchors), generator=random)[:500]] = -2
+    labels[:, torch.randperm(len(anchors), generator=random)[: len(anchors) // 1200 + 1]] = 3 % options.classes
+    labels[:, torch.randperm(len(anchors), generator=random)[: len(anchors) // 240]] = -2
     labels = labels.to(device)
     logits = torch.randn(options.batch, len(anchors), options.classes, generator=random).to(device) - 4
     logits.requires_grad_()

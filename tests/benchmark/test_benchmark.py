@@ -51,7 +51,9 @@ def test_a_ratio_within_the_noise_is_no_difference() -> None:
     assert verdict(1.5, 0.1).startswith("ratio 1.50")
 
 
-@pytest.mark.parametrize("case", ["train", "infer", "loss", "match", "postprocess"])
+@pytest.mark.parametrize(
+    "case", [pytest.param("train", marks=pytest.mark.slow), "infer", "loss", "match", "postprocess"]
+)
 def test_every_case_ends_with_a_ratio_and_raw_figures(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
