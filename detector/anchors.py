@@ -57,6 +57,10 @@ class AnchorGenerator(nn.Module):
             self._cache[key] = torch.cat(levels).to(device)
         return self._cache[key]
 
+    def forget(self) -> None:
+        """Drop what is kept."""
+        self._cache = {}
+
     def level_strides(self, level: int, image_size: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float]:
         """Vertical and horizontal distance of a level's cells in pixels."""
         if self.strides == "grid":

@@ -212,6 +212,11 @@ def _rows_of_windows(
 
         box, shape = torch.nonzero(reached, as_tuple=True)
         window = columns[box, shape] * lines[box, shape]
+        if int(window.sum()) > PAIRS_AT_ONCE:  # large objects at a low threshold, which concern everything
+            alone = Targets(boxes[None], labels[None, number], targets.ignore_boxes[:0])
+            (dense,) = _all_pairs(anchors, alone, fg_iou_thresh, bg_iou_thresh, low_quality_matches)
+            matched.copy_(torch.where(dense >= 0, number[dense.clamp(min=0)], dense))
+            continue
         pair = torch.repeat_interleave(torch.arange(len(box)), window)
         place = torch.arange(len(pair)) - (window.cumsum(0) - window)[pair]
         box, shape = box[pair], shape[pair]

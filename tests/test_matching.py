@@ -240,6 +240,15 @@ def test_windows_find_the_same_in_a_crowd(count: int, low_quality: bool) -> None
     assert bool((windows >= 0).any()) == (count > 1 or (count == 1 and low_quality))
 
 
+@pytest.mark.parametrize("low_quality", [False, True])
+def test_windows_that_hold_too_much_give_way_to_blocks(low_quality: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detector.matching, "PAIRS_AT_ONCE", 10_000)
+    large = random_boxes(40, 5) * 0.3 + torch.tensor([0.0, 0.0, 170.0, 170.0])
+    windows, plain = both_ways("usual", (256, 256), large, low_quality, fg_iou_thresh=0.3, bg_iou_thresh=0.01)
+    assert torch.equal(windows, plain)
+    assert (windows >= 0).any()
+
+
 def test_windows_know_objects_outside_all_anchors_and_larger_than_all() -> None:
     far = torch.tensor([[9000.0, 9000.0, 9010.0, 9010.0], [-5000.0, -5000.0, 5000.0, 5000.0], [3.0, 3.0, 3.5, 3.5]])
     windows, plain = both_ways("usual", (128, 160), far, True)

@@ -28,7 +28,7 @@ from detector.benchmark.measure import (
     noise,
     where_time_goes,
 )
-from detector.benchmark.peers import Inputs, as_if_trained, make_inputs, make_ours, make_torchvision
+from detector.benchmark.peers import Inputs, as_if_trained, make_inputs, make_ours, make_torchvision, their_name
 from detector.benchmark.pipeline import loading, scoring
 from detector.config import ModelConfig
 from detector.engine.compiling import compile_step
@@ -178,21 +178,17 @@ def _same_losses(options: Options, x: Inputs, ours: RetinaNet, theirs: Any) -> R
             raise DifferentError(f"losses must agree to 1e-5, got {said[0]} and {said[1]}")
         sum(mine).backward()  # type: ignore[union-attr]
         sum(its).backward()  # type: ignore[union-attr]
-    theirs_by_size = [p.grad for p in theirs.parameters() if p.grad is not None]
-    ours_by_size = [p.grad for p in ours.parameters() if p.grad is not None]
-    a = torch.stack(sorted_norms(ours_by_size))
-    b = torch.stack(sorted_norms(theirs_by_size))
-    gradient = float((a - b).norm() / b.norm())
+    its_gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    our_gradients = {their_name(name): p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    if our_gradients.keys() != its_gradients.keys():
+        raise DifferentError(f"the same must be trained, got {sorted(our_gradients.keys() ^ its_gradients.keys())}")
+    apart = torch.stack([(our_gradients[name] - gradient).norm() for name, gradient in its_gradients.items()]).norm()
+    gradient = float(apart / torch.stack([g.norm() for g in its_gradients.values()]).norm())
     if gradient > 1e-3:
         raise DifferentError(f"gradients must agree to 1e-3, got {gradient:.1e}")
     for model in (ours, theirs):
         model.zero_grad(set_to_none=True)
     return {"loss_difference": off, "gradient_difference": gradient}
-
-
-def sorted_norms(gradients: list[Tensor]) -> list[Tensor]:
-    """The norms of tensors that come in another order on the other side."""
-    return sorted((g.norm() for g in gradients), key=float)
 
 
 # ---- inference --------------------------------------------------------------------------------------------------------

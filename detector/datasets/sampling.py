@@ -83,6 +83,10 @@ class StepPlanner:
         batches.extend(leftover[i : i + self.batch_size] for i in range(0, len(leftover), self.batch_size))
         return [batches[i] for i in rng.permutation(len(batches))]
 
+    def first_steps(self, count: int) -> list[list[SampleKey]]:
+        """The samples of the first steps of the run, at most an epoch's."""
+        return [self.keys(0, step, indices) for step, indices in enumerate(self.epoch(0)[:count])]
+
     def _entries(self, epoch: int) -> NDArray[np.int64]:
         """Every picture as often as it is its turn, in order.
 

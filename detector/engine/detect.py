@@ -25,13 +25,15 @@ MAX_GRAPHS = 32
 
 class _Captured(NamedTuple):
     graph: Any
+    anchors: Tensor
+    """Kept, because the graph knows no more of them than where they lie."""
     images: Tensor
     sizes: Tensor
     places: Places
 
 
 class Detector:
-    """Finds objects in batches of pictures; what it finds is what `postprocess` makes of the network's outputs.
+    """Finds objects in batches of pictures; what it finds is what `postprocess` makes of the network's outputs. For one thread.
 
     Args:
         model: on `device`. It may be trained on: on a GPU its weights are taken as they are now.
@@ -85,7 +87,10 @@ class Detector:
             again = key in self._seen
             self._seen.add(key)
             if not again or len(self._captured) >= MAX_GRAPHS:
-                with torch.backends.cudnn.flags(benchmark=False, allow_tf32=False):  # not worth trying out for once
+                # algorithms are not worth trying out for once
+                with torch.backends.cudnn.flags(
+                    enabled=True, benchmark=False, deterministic=torch.backends.cudnn.deterministic, allow_tf32=False
+                ):
                     return self._find(images, image_sizes.to(images.device))
             self._captured[key] = self._capture(images, image_sizes.to(images.device))
         captured = self._captured[key]
@@ -105,18 +110,20 @@ class Detector:
         with torch.cuda.stream(stream):  # once outside: libraries set themselves up
             self._find(images, sizes)
         torch.cuda.current_stream().wait_stream(stream)
+        anchors = self.model.anchors_of(images)
         graph = torch.cuda.CUDAGraph()
         # "thread_local": what the loader's pinning thread asks of CUDA meanwhile is no part of it
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             places = self._find(images, sizes)
         self._pool = graph.pool()
-        return _Captured(graph, images, sizes, places)
+        return _Captured(graph, anchors, images, sizes, places)
 
 
 def inference_copy(model: RetinaNet, dtype: torch.dtype) -> RetinaNet:
     """The network as it is now in another precision, and in lower ones than fp32 without its normalisations."""
     copied = copy.deepcopy(model).requires_grad_(False).eval()
     copied.__dict__.pop("look", None)  # what may have been compiled for training
+    copied.anchors.forget()
     if dtype != torch.float32:
         fold_norms(copied.backbone)
         for part in (copied.backbone, copied.fpn, copied.cls_subnet, copied.box_subnet):

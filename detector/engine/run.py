@@ -45,7 +45,7 @@ from detector.reports.draw import side_by_side
 from detector.structures import Batch, Detections
 
 STEPS_WORTH_COMPILING = 3000
-"""A minute or two of compilation is won back by then (docs/benchmarks.md)."""
+"""With each shape of input. A minute of compilation is won back by then (docs/benchmarks.md)."""
 
 
 class Run:
@@ -140,14 +140,16 @@ class Run:
             if now != then:
                 self.log.warn(f"{key} was {then}, is {now}: the run goes on, but not bit for bit as it would have")
 
-    def compile_if_worth_it(self, steps: int) -> None:
+    def compile_if_worth_it(self, planner: StepPlanner, steps: int) -> None:
         """Have the step compiled, as `train.compile` says, for a run with so many steps to go."""
         wanted = self.config.train.compile
+        canvases = {keys[0].canvas for keys in planner.first_steps(200)}
         if wanted == "auto":
-            wanted = self.device.type == "cuda" and steps >= STEPS_WORTH_COMPILING
+            wanted = self.device.type == "cuda" and steps >= STEPS_WORTH_COMPILING * len(canvases)
         if wanted:
             self.log.info(
-                "the training step is compiled where it meets a new shape of input, which takes a minute each"
+                f"the training step is compiled when it meets a new shape of input, about a minute each; in the first steps of an "
+                f"epoch there are {len(canvases)}"
             )
             compile_step(self.model, self.loss)
 

@@ -87,7 +87,7 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
         for dataset in (train_set, *others):
             log.info(dataset.summary())
         run.announce(planner, total_steps)
-        run.compile_if_worth_it(total_steps - start_step)
+        run.compile_if_worth_it(planner, total_steps - start_step)
         for line in data_warnings(run.model.anchors, train_set, others, config):
             log.warn(line)
         if val_set is not None and start_step == 0:
@@ -218,11 +218,15 @@ def out_of_memory(run: Run, sampler: TrainSampler) -> RunError:
     at_once = -(-share // sampler.num_micro_batches(len(keys)))
     height, width = keys[0].canvas
     there = f" of {torch.cuda.mem_get_info(run.device)[1] / 1e9:.0f} GB" if run.device.type == "cuda" else ""
-    bn = " (norm bn then sees fewer pictures at once)" if run.config.model.norm == "bn" else ""
+    help_ = [f"data.min_size below {keys[0].min_size}"]
+    if at_once > 1:
+        bn = " (norm bn then sees fewer pictures at once)" if run.config.model.norm == "bn" else ""
+        help_.insert(0, f"train.micro_batch={at_once // 2}, which does the same step in smaller parts{bn}")
+    if run.precision == "fp32":
+        help_.append("train.precision=bf16")
     return RunError(
         f"the memory{there} must hold {at_once} pictures of {height} x {width} pixels at once in step {run.state.step + 1}, "
-        f"and does not; set train.micro_batch={max(1, at_once // 2)}, which does the same step in smaller parts{bn}, or a "
-        f"data.min_size below {keys[0].min_size}, or train.precision=bf16; --resume auto goes on from the last checkpoint"
+        f"and does not; set {', or '.join(help_)}; --resume auto goes on from the last checkpoint"
     )
 
 

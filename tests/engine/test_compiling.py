@@ -54,7 +54,7 @@ def compare(settings: dict[str, Any], backend: str, device: torch.device, data: 
     model, loss = build_model(config.model, 3).to(device), build_loss(config)
     counts = (0, 20)
     expected = [losses_and_gradients(model, loss, count, device) for count in counts]
-    compile_step(model, loss, backend=backend)
+    compile_step(model, loss, backend=backend, fullgraph=True)
     for count, plain in zip(counts, expected, strict=True):
         found = losses_and_gradients(model, loss, count, device)
         assert torch.equal(found[0], plain[0])
