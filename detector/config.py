@@ -301,6 +301,8 @@ class TrainConfig(Section):
         "auto"  # torch.compile; auto: on CUDA for long runs, on CPU never (measured: no gain)
     )
     channels_last: bool = True
+    # The backbone's activations are not kept but computed again in the backward pass: less memory, more time.
+    checkpoint_activations: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     init_from: str | None = None  # a checkpoint to fine-tune from; also --init-from

@@ -66,10 +66,16 @@ class Run:
         self.precision = resolve_precision(config.train.precision, device)
         if config.model.norm == "sync_bn" and device.type == "cpu":
             raise ConfigError("model.norm must not be sync_bn on a CPU (torch has no such kernel); use bn or gn")
+        if config.train.checkpoint_activations and config.model.norm in ("bn", "sync_bn"):
+            raise ConfigError(
+                f"train.checkpoint_activations must be false with model.norm {config.model.norm}, whose statistics would see "
+                "every batch twice; use train.micro_batch, or norm frozen_bn or gn"
+            )
         torch.manual_seed(config.train.seed)
         self.model = build_model(config.model, len(train_set.categories))
         if resumed is None:
             self._initialise(train_set, source)
+        self.model.backbone.checkpointing = config.train.checkpoint_activations
         self.model.to(device)
         if config.train.channels_last:
             self.model.to(memory_format=torch.channels_last)

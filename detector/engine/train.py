@@ -222,6 +222,8 @@ def out_of_memory(run: Run, sampler: TrainSampler) -> RunError:
     if at_once > 1:
         bn = " (norm bn then sees fewer pictures at once)" if run.config.model.norm == "bn" else ""
         help_.insert(0, f"train.micro_batch={at_once // 2}, which does the same step in smaller parts{bn}")
+    if run.config.model.norm in ("frozen_bn", "gn") and not run.config.train.checkpoint_activations:
+        help_.append("train.checkpoint_activations=true")
     if run.precision == "fp32":
         help_.append("train.precision=bf16")
     return RunError(

@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -69,6 +70,8 @@ class ResNet(nn.Module):
         width: int = body.fc.in_features
         self.channels = (width // 4, width // 2, width)
         """Of C3, C4 and C5."""
+        self.checkpointing = False
+        """Whether activations within blocks are computed again for the gradient instead of being kept."""
         for module in self.frozen_parts():
             module.requires_grad_(False)
 
@@ -90,7 +93,10 @@ class ResNet(nn.Module):
         outputs = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:
-                x = residual(block, x)
+                if self.checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(residual, block, x, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = residual(block, x)
             outputs.append(x)
         return outputs[1], outputs[2], outputs[3]
 

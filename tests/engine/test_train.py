@@ -103,6 +103,22 @@ def test_too_little_memory_is_told_with_the_sizes_and_the_settings_that_help(
         train(config, tmp_path / "out")
 
 
+def test_activations_are_not_computed_again_where_statistics_would_see_them_twice(
+    data: TinyData, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, data, **SHORT, data__val=None, model__norm="bn", train__checkpoint_activations=True)
+    with pytest.raises(ConfigError, match=r"checkpoint_activations must be false with model\.norm bn"):
+        train(config, tmp_path / "out")
+
+
+def test_a_run_that_computes_activations_again_ends_with_the_same_weights(data: TinyData, tmp_path: Path) -> None:
+    for name, again in (("kept", False), ("again", True)):
+        config = tiny_config(tmp_path, data, **SHORT, data__val=None, train__checkpoint_activations=again)
+        train(config, tmp_path / name)
+    kept, again_weights = last_checkpoint(tmp_path / "kept").model, last_checkpoint(tmp_path / "again").model
+    assert all(torch.equal(value, again_weights[key]) for key, value in kept.items())
+
+
 def test_a_checkpoint_tells_all_about_its_model(whole: Run) -> None:
     state = last_checkpoint(whole.out)
     assert state.categories.names == ("disc", "square", "bar")

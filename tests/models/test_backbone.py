@@ -110,3 +110,27 @@ def test_frozen_batch_norm_never_changes() -> None:
 def test_evaluation_mode_reaches_every_part() -> None:
     backbone = resnet(trainable=3).train().eval()
     assert not any(m.training for m in backbone.modules())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_activations_computed_again_give_the_same_gradients_from_less_memory(name: str) -> None:
+    torch.manual_seed(0)
+    backbone = resnet(name, norm="gn")
+    images = torch.randn(1, 3, 64, 96)
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        backbone.checkpointing = checkpointing
+        backbone.zero_grad()
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = backbone(images)
+        kept.append(sum(sizes))
+        torch.stack([feature.square().mean() for feature in outputs]).sum().backward()
+        gradients.append([p.grad.clone() for p in backbone.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < 0.5 * kept[0]
