@@ -110,12 +110,14 @@ def assert_same_weights(one: Path, other: Path, config: Path) -> None:
     assert np.median(way) > 3e-4, f"hardly anything moved ({np.median(way):.2g}), so nothing was compared"
 
 
-@pytest.mark.parametrize("norm", [pytest.param("frozen_bn", marks=pytest.mark.slow), "gn"])
+@pytest.mark.parametrize(("norm", "lr"), [pytest.param("frozen_bn", 0.002, marks=pytest.mark.slow), ("gn", 0.01)])
 def test_two_processes_give_the_same_weights_as_one_after_20_steps(
-    norm: str, many: TinyData, backbone: Path, tmp_path: Path
+    norm: str, lr: float, many: TinyData, backbone: Path, tmp_path: Path
 ) -> None:
-    """Half of the images are empty, so often a process has no objects; in one step it has no image at all."""
-    config = one_epoch(tmp_path, many, **norm_settings(norm, backbone))
+    """Half of the images are empty, so often a process has no objects; in one step it has no image at all.
+
+    With fixed statistics a gentler rate: at 0.01 a processor without AVX-512 rounds a ReLU's input to its other side."""
+    config = one_epoch(tmp_path, many, **norm_settings(norm, backbone), optim__lr=lr)
     run_in_processes(config, tmp_path / "two", tmp_path / "log")
     train(load_config(config), tmp_path / "one")
     assert last_checkpoint(tmp_path / "one").step == last_checkpoint(tmp_path / "two").step == 20
