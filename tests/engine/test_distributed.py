@@ -176,7 +176,7 @@ def test_accumulating_small_batches_gives_the_same_weights_as_one_large_batch(
 def test_dividing_by_image_instead_in_two_processes_with_accumulation_is_the_same_too(
     many: TinyData, tmp_path: Path
 ) -> None:
-    config = one_epoch(tmp_path, many, loss__normalizer="per_image", optim__lr=0.002)
+    config = one_epoch(tmp_path, many, loss__normalizer="per_image", optim__lr=0.001)
     train(load_config(config), tmp_path / "whole")
     run_in_processes(config, tmp_path / "parts", tmp_path / "log", "train.micro_batch=1")
     assert_same_weights(tmp_path / "whole", tmp_path / "parts", config)
