@@ -202,6 +202,7 @@ def test_curves_and_last_words_are_read_from_files_in_any_state(tmp_path: Path) 
     assert last_words(path, 2) == "what is wrong"
 
 
+@pytest.mark.slow
 def test_a_hopeless_trial_is_given_up_and_that_is_said(recipe: Path, programs: Programs, tmp_path: Path) -> None:
     plan = grid(recipe, "2", "1", "1.5", "2.5", "5.5", seeds=2, pace="0.06")
     comparison = sweep(plan, tmp_path / "out", programs=programs)
@@ -288,6 +289,7 @@ def test_another_study_in_the_folder_is_refused(recipe: Path, programs: Programs
         sweep(grid(recipe, "0", "2"), out, programs=programs)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was_and_a_second_one_is_refused(
     recipe: Path, programs: Programs, tmp_path: Path
 ) -> None:
