@@ -33,7 +33,7 @@ from detector.config import load_config, resolve_data_paths
 from detector.datasets.folds import Fold, write_folds
 from detector.engine.checkpoint import make_folder, write_json
 from detector.engine.compare import Arm, Comparison, add_run, compare, figure
-from detector.engine.errors import Interrupted, RunError, Stop
+from detector.engine.errors import Interrupted, RunError, stop_on_signal
 from detector.engine.logger import duration
 from detector.engine.plan import Plan, Range, Unit, definition_of
 from detector.reports.figures import FigureError
@@ -436,7 +436,7 @@ class _Sweep:
         Raises:
             Interrupted: a signal came; every process was asked to end, and has.
         """
-        with _stop_on_signal() as stop, self._bar() as bar:
+        with stop_on_signal() as stop, self._bar() as bar:
             task = bar.add_task("runs", total=self.total, eta="")
             try:
                 while self._fill():
@@ -624,21 +624,6 @@ def _only_one(path: Path, otherwise: str) -> Iterator[None]:
         except BlockingIOError:
             raise RunError(otherwise) from None
         yield
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[Stop]:
-    stop = Stop()
-
-    def ask(signum: int, _: Any) -> None:
-        stop.signum = signum
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def require_same_study(definition: dict[str, Any], output_dir: Path) -> None:

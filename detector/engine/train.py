@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -20,7 +18,7 @@ from detector.datasets.loader import DetectionDataset, build_loader, to_device
 from detector.datasets.sampling import StepPlanner, TrainSampler
 from detector.engine import distributed
 from detector.engine.checkpoint import load_checkpoint, make_folder, require_same_data, save_checkpoint, state_to_resume
-from detector.engine.errors import Interrupted, RunError, Stop
+from detector.engine.errors import Interrupted, RunError, Stop, stop_on_signal
 from detector.engine.evaluate import prove_pipeline
 from detector.engine.interval import Interval
 from detector.engine.logger import RunLog
@@ -107,7 +105,7 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
             log.warn("train.early_stop_patience is ignored: there is no data.val to see whether the model gets better")
         if is_main:  # only now, so that a mistake found above leaves nothing that would be taken for a run
             (output_dir / "config.yaml").write_text(config.to_yaml())
-        with _stop_on_signal() as stop:
+        with stop_on_signal() as stop:
             batches = iter(loader)
             # where the evaluation of a finished epoch is due, that epoch comes again, with no step left to do
             start_epoch = start_step // planner.steps_per_epoch - int(evaluation_due)
@@ -250,25 +248,3 @@ def training_data(train_set: CocoDataset, config: Config) -> DetectionDataset:
         seed=config.train.seed,
         skip_unreadable=config.data.on_error == "skip",
     )
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[Stop]:
-    """The first SIGINT or SIGTERM asks; a second SIGINT is obeyed at once.
-
-    (Not a second SIGTERM: torchrun and schedulers pass on what the process may have had already.)
-    """
-    stop = Stop()
-
-    def ask(signum: int, _: Any) -> None:
-        if stop.signum is not None and signum == signal.SIGINT:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-        stop.signum = signum
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
