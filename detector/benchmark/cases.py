@@ -6,6 +6,7 @@ A case returns rows: {"case", "row", "ours", "peer", ...} of numbers that `repor
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +74,7 @@ class Options:
 # ---- a training step --------------------------------------------------------------------------------------------------
 
 
-class _Step:
+class _Step(ABC):
     """Match, forward, loss, backward, update: the same optimizer for both."""
 
     def __init__(self, model: Any, options: Options, precision: Precision) -> None:
@@ -81,9 +82,9 @@ class _Step:
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9, weight_decay=1e-4, fused=True)
 
+    @abstractmethod
     def losses(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Class and box loss."""
-        raise NotImplementedError
 
     def __call__(self, x: Inputs) -> None:
         cls, box = self.losses(x)
