@@ -257,6 +257,13 @@ class DataConfig(Section):
     repeat_threshold: Annotated[float, Field(gt=0, le=1)] = 0.001  # classes in a smaller share of pictures are rare
     aspect_ratio_grouping: bool = True  # batches are all landscape or all portrait, which saves padding
     num_workers: Annotated[int, Field(ge=0)] = 2
+    # Keep so many GB of pictures from epoch to epoch: as they are after decoding and, without `augment`, resizing. The first
+    # epoch fills it; the pictures are the same, only sooner there.
+    cache_gb: NonNegative = 0.0
+    cache_folder: str | None = None  # null: in memory, once for all workers; a folder: on its disk, for this run only
+    # Read JPEG files in training at a half, a quarter or an eighth of their size where that is more than the network gets (and
+    # `augment` is empty): large photographs are read in half the time. Evaluation always takes every pixel.
+    scaled_decode: bool = True
     # header: every file is there and of the right size; decode: and can be read to its end; auto: decode up to 5,000
     # images (remembered), headers above.
     verify: Literal["auto", "header", "decode", "none"] = "auto"
@@ -295,7 +302,9 @@ class TrainConfig(Section):
 
     epochs: PositiveInt = 12
     batch_size: PositiveInt = 16  # images per optimizer step, over all processes and micro-batches
-    micro_batch: PositiveInt | None = None  # images per forward pass and process; null: all of the process's share
+    # Images per forward pass and process; null: all of the process's share; auto: as many of it as memory holds (tried before
+    # the first step). The update is that of the whole batch either way.
+    micro_batch: PositiveInt | Literal["auto"] | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware has it, else fp32
     compile: Literal["auto"] | bool = (
         "auto"  # torch.compile; auto: on CUDA for long runs, on CPU never (measured: no gain)
@@ -373,7 +382,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        if (self.train.micro_batch or 0) > self.train.batch_size:
+        if isinstance(self.train.micro_batch, int) and self.train.micro_batch > self.train.batch_size:
             raise ValueError(
                 f"train.micro_batch must not exceed train.batch_size, got {self.train.micro_batch} > "
                 f"{self.train.batch_size}"
@@ -447,6 +456,8 @@ def resolve_data_paths(config: Config) -> Config:
     train = config.train
     if train.init_from is not None:
         train = train.model_copy(update={"init_from": str(Path(train.init_from).absolute())})
+    if config.data.cache_folder is not None:
+        update["cache_folder"] = str(Path(config.data.cache_folder).absolute())
     data = config.data.model_copy(update=update)
     return config.model_copy(update={"data": data, "model": model, "train": train})
 

@@ -43,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--precision", choices=["all", "fp32", "bf16", "fp16"], default="all")
     parser.add_argument("--compile", choices=["auto", "yes", "no"], default="auto", help="auto: on a GPU")
-    parser.add_argument("--images", type=int, default=5000, help="of eval")
+    parser.add_argument("--images", type=int, default=5000, help="of eval and open")
     parser.add_argument("--workers", type=int, default=2, help="of loader")
+    parser.add_argument("--picture", type=size, default=(480, 640), metavar="HxW", help="files of loader")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-peer", action="store_true", help="ours alone")
     parser.add_argument("--trace", type=Path, metavar="DIR", help="profile ours too: traces of train and infer")
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         device, arguments.size, backbone=arguments.backbone, precision=arguments.precision,
         compiled={"auto": None, "yes": True, "no": False}[arguments.compile], repeats=arguments.repeats,
         peer=not arguments.no_peer, trace=arguments.trace,
-        images=arguments.images, workers=arguments.workers,
+        images=arguments.images, workers=arguments.workers, picture=arguments.picture,
     )  # fmt: skip
     facts, rows = machine(device), []
     print(", ".join(f"{key} {value}" for key, value in facts.items()))

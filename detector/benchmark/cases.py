@@ -22,7 +22,6 @@ from torchvision.ops import sigmoid_focal_loss as torchvisions_focal_loss
 from detector.anchors import pyramid_grids
 from detector.benchmark.measure import (
     Measured,
-    Work,
     flops_of,
     interleaved,
     machine_peak,
@@ -30,10 +29,11 @@ from detector.benchmark.measure import (
     where_time_goes,
 )
 from detector.benchmark.peers import Inputs, as_if_trained, make_inputs, make_ours, make_torchvision, their_name
-from detector.benchmark.pipeline import loading, scoring
+from detector.benchmark.pipeline import loading, opening, scoring
 from detector.config import ModelConfig
 from detector.engine.compiling import compile_step
 from detector.engine.detect import Detector
+from detector.engine.memory import Work
 from detector.engine.optim import DTYPES, Precision, autocast
 from detector.losses import RetinaNetLoss
 from detector.losses.dense import dense_focal_loss
@@ -68,6 +68,8 @@ class Options:
     trace: Path | None = None
     images: int = 5000
     workers: int = 2
+    picture: tuple[int, int] = (480, 640)
+    """Height and width of the loader's files."""
     say: Callable[[str], None] = print
 
 
@@ -378,10 +380,19 @@ def scores(options: Options) -> list[Row]:
     return [{"case": "eval", "row": row, **scoring(options.images, repeats=options.repeats)}]
 
 
+def opened(options: Options) -> list[Row]:
+    """An annotation file read, by ours and by pycocotools."""
+    found = opening(options.images, repeats=options.repeats)
+    return [{"case": "open", "row": f"{options.images} pictures, {found['file_mb']:.0f} MB", **found}]
+
+
 def loader(options: Options) -> list[Row]:
     """JPEG files to batches, against torchvision's reference pipeline."""
-    found = loading(options.size, workers=options.workers, batch=options.batch, repeats=options.repeats)
-    return [{"case": "loader", "row": f"{options.workers} workers", **_shape(options), **found}]
+    found = loading(
+        options.size, workers=options.workers, batch=options.batch, repeats=options.repeats, stored=options.picture
+    )
+    row = "{} workers, from {} x {}".format(options.workers, *options.picture)
+    return [{"case": "loader", "row": row, **_shape(options), **found}]
 
 
 def _precisions(options: Options) -> list[Precision]:
@@ -440,5 +451,5 @@ def _figures(
 
 CASES: dict[str, Callable[[Options], list[Row]]] = {
     "train": train, "infer": infer, "loss": loss, "match": match, "postprocess": postprocessing, "loader": loader,
-    "eval": scores,
+    "eval": scores, "open": opened,
 }  # fmt: skip

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-Work = Callable[[], object]
+from detector.engine.memory import Work, peak_of
 
 
 @dataclass
@@ -72,45 +70,6 @@ def seconds_of(work: Work, device: torch.device) -> float:
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
-
-
-def peak_of(work: Work, device: torch.device) -> int:
-    """Bytes that one repetition needs beyond what is held already."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that what is needed shows
-    with _Watch() as watch:
-        work()
-    return watch.peak - watch.before
-
-
-class _Watch:
-    """The highest memory of this process in pages really used, looked at every millisecond (the kernel's own record cannot be
-    set back everywhere)."""
-
-    def __enter__(self) -> _Watch:
-        self.before = self.peak = _resident()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._done.wait(0.001):
-            self.peak = max(self.peak, _resident())
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def noise(measured: Mapping[str, Measured], first: str) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import tempfile
 import time
@@ -11,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from detector.benchmark.measure import Measured, noise
+from detector.benchmark.measure import Measured, interleaved, noise
 from detector.coco_eval import CocoResults, evaluate
-from detector.datasets.coco import read_coco
+from detector.datasets.coco import CocoDataset, read_coco
 from detector.datasets.loader import DetectionDataset, build_loader
 from detector.datasets.sampling import StepPlanner, TrainSampler
 from detector.structures import Categories, GroundTruth
@@ -76,17 +79,81 @@ def _results(images: int) -> tuple[GroundTruth, CocoResults]:
     return truth, CocoResults(found.astype(np.int64), kinds.astype(np.int64) + 1, detections, rng.random(len(found)))
 
 
-def loading(size: tuple[int, int], *, workers: int, batch: int, repeats: int, pictures: int = 256) -> dict[str, Any]:
-    """640x480 JPEG files, mirrored by chance and resized to `size`, as batches; images a second once the workers run."""
+def opening(images: int, *, repeats: int) -> dict[str, Any]:
+    """An annotation file of `images` pictures, 7.3 objects each with outlines, made ready for use: read, checked and indexed by
+    ours, read and indexed by pycocotools.
+
+    Raises:
+        AssertionError: they do not find the same.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        annotations = _write_pictures(Path(folder), pictures)
-        timed = {name: Measured() for name in ("ours", "peer", "again")}
+        annotations = Path(folder) / "annotations.json"
+        annotations.write_text(json.dumps(_annotations(images)))
+
+        def read_ours() -> CocoDataset:
+            return read_coco(annotations, None, progress=False)
+
+        def read_theirs() -> Any:
+            with contextlib.redirect_stdout(io.StringIO()):
+                return COCO(str(annotations))
+
+        ours, theirs = read_ours(), read_theirs()
+        boxes = {(a["image_id"], a["category_id"], *a["bbox"]) for a in theirs.anns.values()}
+        owner = np.repeat(ours.image_ids, np.diff(ours.starts)).tolist()
+        classes = np.array(ours.categories.ids)[ours.labels].tolist()
+        assert {(i, c, *b) for i, c, b in zip(owner, classes, ours.xywh.tolist(), strict=True)} == boxes, "they differ"
+        del ours, theirs, boxes, owner, classes
+        timed = interleaved(
+            {"ours": read_ours, "peer": read_theirs}, repeats=repeats, warmup=0, device=torch.device("cpu")
+        )
+        size = annotations.stat().st_size
+    return {
+        "noise": noise(timed, "ours"), "ratio": timed["peer"].median / timed["ours"].median, "file_mb": size / 1e6,
+        **{name: {"median_ms": timed[name].median * 1e3, "spread": timed[name].spread, "seconds": timed[name].seconds,
+                  "peak_mb": timed[name].peak_bytes / 1e6}
+           for name in ("ours", "peer")},
+    }  # fmt: skip
+
+
+def _annotations(images: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    owner = np.repeat(np.arange(images), rng.poisson(7.3, images)).tolist()
+    boxes = np.concatenate([rng.uniform(0, 400, (len(owner), 2)), rng.uniform(5, 80, (len(owner), 2))], axis=1)
+    outlines = rng.uniform(0, 400, (len(owner), 48)).round(2).tolist()  # COCO's median is about 24 corners
+    return {
+        "images": [{"id": i, "file_name": f"{i:012}.jpg", "width": 640, "height": 480} for i in range(images)],
+        "annotations": [
+            {
+                "id": k + 1, "image_id": i, "category_id": k % 80 + 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0,
+                "segmentation": [outline],
+            }
+            for k, (i, box, outline) in enumerate(zip(owner, boxes.round(2).tolist(), outlines, strict=True))
+        ],
+        "categories": [{"id": k, "name": f"class {k}"} for k in range(1, 81)],
+    }  # fmt: skip
+
+
+def loading(
+    size: tuple[int, int],
+    *,
+    workers: int,
+    batch: int,
+    repeats: int,
+    stored: tuple[int, int] = (480, 640),
+    pictures: int | None = None,
+) -> dict[str, Any]:
+    """JPEG files, mirrored by chance and resized to `size`, as batches; images a second once the workers run. Also ours of
+    an epoch whose pictures are kept (`data.cache_gb`)."""
+    with tempfile.TemporaryDirectory() as folder:
+        count = pictures or (256 if stored[0] * stored[1] < 1e6 else 6 * batch)
+        annotations = _write_pictures(Path(folder), count, stored)
+        timed = {name: Measured() for name in ("ours", "peer", "kept", "again")}
         for _ in range(repeats):
             for name in timed:
                 if name == "peer":
                     seconds = _their_seconds(annotations, size, workers, batch)
                 else:
-                    seconds = _our_seconds(annotations, size, workers, batch)
+                    seconds = _our_seconds(annotations, size, workers, batch, keep=name == "kept")
                 timed[name].seconds.append(seconds)
     figures: dict[str, Any] = {
         name: {
@@ -101,16 +168,17 @@ def loading(size: tuple[int, int], *, workers: int, batch: int, repeats: int, pi
     return {"noise": noise(timed, "ours"), "ratio": timed["peer"].median / timed["ours"].median, **figures}
 
 
-def _write_pictures(folder: Path, count: int) -> Path:
+def _write_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
+    height, width = size
     rng = np.random.default_rng(0)
     images, objects = [], []
     for i in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize(
-            (640, 480), Image.Resampling.BICUBIC
+        coarse = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)).resize(
+            (width, height), Image.Resampling.BICUBIC
         )
-        noisy = np.asarray(coarse).astype(np.int16) + rng.integers(-12, 13, (480, 640, 3))
+        noisy = np.asarray(coarse).astype(np.int16) + rng.integers(-12, 13, (height, width, 3))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
-        images.append({"id": i + 1, "file_name": f"{i}.jpg", "width": 640, "height": 480})
+        images.append({"id": i + 1, "file_name": f"{i}.jpg", "width": width, "height": height})
         for j in range(7):
             x, y = rng.uniform(0, 500), rng.uniform(0, 380)
             objects.append(
@@ -128,8 +196,8 @@ def _write_pictures(folder: Path, count: int) -> Path:
     return path
 
 
-def _our_seconds(annotations: Path, size: tuple[int, int], workers: int, batch: int) -> float:
-    """A picture's share, from the end of the first batches to that of the last."""
+def _our_seconds(annotations: Path, size: tuple[int, int], workers: int, batch: int, *, keep: bool) -> float:
+    """A picture's share, from the end of the first batches to that of the last; of the second epoch alone with `keep`."""
     coco = read_coco(annotations, annotations.parent, verify="none", progress=False)
     planner = StepPlanner(
         coco.sizes,
@@ -140,9 +208,13 @@ def _our_seconds(annotations: Path, size: tuple[int, int], workers: int, batch: 
         aspect_ratio_grouping=True,
         seed=0,
     )
-    dataset = DetectionDataset(coco, max_size=max(size), hflip=0.5)
-    sampler = TrainSampler(planner, 0, 2 * planner.steps_per_epoch)
-    return _seconds(build_loader(dataset, sampler, num_workers=workers), skip=2 * workers, batch=batch)
+    dataset = DetectionDataset(coco, max_size=max(size), hflip=0.5, scaled_decode=True)
+    skip = 2 * workers
+    if keep:
+        dataset.keep_pictures(10**10, min_sizes=[min(size)])
+        skip += planner.steps_per_epoch
+    sampler = TrainSampler(planner, 0, 2 * planner.steps_per_epoch + 2 * workers)
+    return _seconds(build_loader(dataset, sampler, num_workers=workers), skip=skip, batch=batch)
 
 
 class _Reference(Dataset[tuple[Tensor, Any]]):

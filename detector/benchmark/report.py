@@ -20,6 +20,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             parts += [f"peer {_time(peer)}", verdict(row["ratio"], row["noise"])]
         if peer is not None and "peak_mb" in ours:
             parts.append(f"memory {ours['peak_mb']:.0f} against {peer['peak_mb']:.0f} MB")
+        if "kept" in row:
+            parts.append(f"ours from kept pictures {_time(row['kept'])}")
         if "share_of_peak" in ours:
             share = f"{ours['share_of_peak']:.0%}"
             share += f" (peer {peer['share_of_peak']:.0%})" if peer is not None else ""

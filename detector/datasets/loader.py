@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detector.datasets.augment import Augmentation
+from detector.datasets.cache import PictureCache
 from detector.datasets.coco import CocoDataset, Objects
-from detector.datasets.images import ImageError, decode_image
+from detector.datasets.images import ImageError, decode_at_least
 from detector.datasets.sampling import SampleKey
 from detector.datasets.transforms import (
     Resize,
@@ -35,6 +37,9 @@ EVERYWHERE = np.array([[-1e6, -1e6, 1e6, 1e6]], dtype=np.float32)
 """An ignore box that takes in every anchor: its picture teaches nothing."""
 
 EMPTY = Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros((0, 4), np.float32))
+
+AS_READ = 0
+"""What a cache calls the size that pictures have of themselves; the others are short sides."""
 
 
 class Sample(NamedTuple):
@@ -60,6 +65,7 @@ class DetectionDataset(Dataset[Sample]):
         augmentation: applied to the picture as read, before resizing; None in evaluation.
         seed: of the run.
         skip_unreadable: give a filler for a picture that can no longer be read, with a warning, instead of failing.
+        scaled_decode: read large JPEG files at a half, a quarter or an eighth of their size where that is enough.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class DetectionDataset(Dataset[Sample]):
         augmentation: Augmentation | None = None,
         seed: int = 0,
         skip_unreadable: bool = False,
+        scaled_decode: bool = False,
     ) -> None:
         self.coco = coco
         self.max_size = max_size
@@ -80,6 +87,8 @@ class DetectionDataset(Dataset[Sample]):
         self.augmentation = augmentation
         self.seed = seed
         self.skip_unreadable = skip_unreadable
+        self.scaled_decode = scaled_decode
+        self.cache: PictureCache | None = None
         self._told: set[int] = set()
 
     def __len__(self) -> int:
@@ -89,7 +98,7 @@ class DetectionDataset(Dataset[Sample]):
         if key.index < 0:
             return _filler(key, index=-1)
         try:
-            image = decode_image(self.coco.path(key.index), apply_exif=self.coco.apply_exif)
+            image, before = self._read(key)
         except (ImageError, OSError) as error:
             if not self.skip_unreadable:
                 raise
@@ -97,14 +106,13 @@ class DetectionDataset(Dataset[Sample]):
                 self._told.add(key.index)
                 print(f"warning: {error}; it is left out (data.on_error is skip)", file=sys.stderr, flush=True)
             return _filler(key, index=unreadable(key.index))
-        original_size = (image.shape[0], image.shape[1])
+        original_size = before
         objects = self.coco.objects(key.index)
         seed = [self.seed, key.epoch, key.index, *[1 + key.copy] * (key.copy > 0)]
         if self.augmentation is not None:
             image, objects = self.augmentation(image, objects, seed=seed, name=str(self.coco.path(key.index)))
-        before = (image.shape[0], image.shape[1])
-        size = resized_size(before, min_size=key.min_size, max_size=self.max_size, resize=self.resize)
-        size = fit_inside(size, key.canvas)
+            before = (image.shape[0], image.shape[1])
+        size = self._size(before, key)
         objects = scale_objects(objects, before, size)
         if self.resize != "float_bilinear":
             image = resize_picture(image, size, self.resize)
@@ -112,6 +120,55 @@ class DetectionDataset(Dataset[Sample]):
         if self.hflip and np.random.default_rng([*seed, 1]).random() < self.hflip:
             image, objects = mirror(image, objects, width=size[1])
         return Sample(image, size, objects, int(self.coco.image_ids[key.index]), original_size, key)
+
+    def _read(self, key: SampleKey) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+        """A picture as read or, where nothing comes before that, at its size for the network; and its whole size."""
+        name = key.min_size if self.resizes_first else AS_READ
+        if self.cache is not None:
+            kept = self.cache.get(key.index, name)
+            if kept is not None:
+                height, width = self.coco.sizes[key.index].tolist()
+                return kept, (height, width)
+
+        def wanted(size: tuple[int, int]) -> tuple[int, int]:
+            return self._size(size, key)
+
+        coarse = wanted if self.scaled_decode and self.resizes_first and self.resize == "area" else None
+        image, whole = decode_at_least(self.coco.path(key.index), apply_exif=self.coco.apply_exif, enough=coarse)
+        if self.resizes_first:
+            image = resize_picture(image, wanted(whole), self.resize)
+        if self.cache is not None and whole == tuple(self.coco.sizes[key.index]):
+            self.cache.put(key.index, name, image)
+        return image, whole
+
+    def _size(self, size: tuple[int, int], key: SampleKey) -> tuple[int, int]:
+        resized = resized_size(size, min_size=key.min_size, max_size=self.max_size, resize=self.resize)
+        return fit_inside(resized, key.canvas)
+
+    @property
+    def resizes_first(self) -> bool:
+        """Whether pictures are resized as soon as they are read, so that this is all there is to read of them."""
+        return self.augmentation is None and self.resize != "float_bilinear"
+
+    def keep_pictures(self, limit: int, *, min_sizes: Sequence[int], folder: Path | None = None) -> PictureCache:
+        """From now on keep what is read (`datasets.cache`), at most `limit` bytes, for steps of these short sides.
+
+        Raises:
+            OSError: the disk has no room.
+        """
+        sizes = {AS_READ: self.coco.sizes}
+        if self.resizes_first:
+            sizes = {
+                side: np.array(
+                    [
+                        resized_size((h, w), min_size=side, max_size=self.max_size, resize=self.resize)
+                        for h, w in self.coco.sizes.tolist()
+                    ]
+                )
+                for side in dict.fromkeys(min_sizes)
+            }
+        self.cache = PictureCache(sizes, limit, folder=folder)
+        return self.cache
 
 
 def _filler(key: SampleKey, *, index: int) -> Sample:
@@ -167,14 +224,17 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _pad(arrays: Sequence[NDArray[np.generic]], value: float) -> Tensor:
-    """Rows for the longest, and more up to a power of two (at least 8): few lengths, because matching may be compiled for
-    each of them."""
-    longest = max(len(a) for a in arrays)
-    length = max(8, 1 << (longest - 1).bit_length()) if longest else 0
+    """Rows for the longest, and more."""
+    length = padded_rows(max(len(a) for a in arrays))
     padded = np.full((len(arrays), length, *arrays[0].shape[1:]), value, dtype=arrays[0].dtype)
     for row, array in zip(padded, arrays, strict=True):
         row[: len(array)] = array
     return torch.from_numpy(padded)
+
+
+def padded_rows(longest: int) -> int:
+    """Rows of padded targets: a power of two, at least 8, so that there are few lengths; matching may be compiled for each."""
+    return max(8, 1 << (longest - 1).bit_length()) if longest else 0
 
 
 def build_loader(

@@ -87,6 +87,14 @@ class StepPlanner:
         """The samples of the first steps of the run, at most an epoch's."""
         return [self.keys(0, step, indices) for step, indices in enumerate(self.epoch(0)[:count])]
 
+    def largest_canvas(self) -> tuple[int, int]:
+        """Padded height and width that no step exceeds: pictures of all shapes may meet where an epoch's rest is collected."""
+        resized = [
+            resized_size((int(h), int(w)), min_size=max(self.min_sizes), max_size=self.max_size, resize=self.resize)
+            for h, w in np.unique(self.sizes, axis=0)
+        ]
+        return padded_size((max(h for h, _ in resized), max(w for _, w in resized)), self.pad)
+
     def _entries(self, epoch: int) -> NDArray[np.int64]:
         """Every picture as often as it is its turn, in order.
 

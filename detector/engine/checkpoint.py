@@ -23,7 +23,7 @@ FORMAT = 1
 
 
 MAY_CHANGE_ON_RESUME = (
-    "data.num_workers", "data.verify", "train.log_every", "train.checkpoint_every_steps", "train.images_every_epochs",
+    "data.num_workers", "data.cache", "data.verify", "train.log_every", "train.checkpoint_every_steps", "train.images_every_epochs",
     "train.loss_images", "train.init_from", "eval.engine", "eval.batch_size",
 )  # fmt: skip
 """Settings that do not change what is computed."""
@@ -63,6 +63,8 @@ class TrainState:
     """Of what decides the numbers: torch, torchvision, threads, device."""
     alpha: list[float] | None = None
     """Weights of positives by class, where they were counted from the training set."""
+    micro_batch: int | None = None
+    """What `train.micro_batch: auto` found, so that a resumed run computes as before."""
     origin: list[str] = field(default_factory=list)
     """Of imported weights: whose they are, and what was assumed about them."""
 

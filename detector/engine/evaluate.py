@@ -106,7 +106,8 @@ def detect(
 
 def eval_keys(coco: CocoDataset, config: Config, indices: Sequence[int] | None = None) -> list[list[SampleKey]]:
     """The samples of an evaluation, or of some of its images, in batches of one padded shape."""
-    batch_size = config.eval.batch_size or config.train.micro_batch or config.train.batch_size
+    micro_batch = config.train.micro_batch if config.train.micro_batch != "auto" else None
+    batch_size = config.eval.batch_size or micro_batch or config.train.batch_size
     batches = eval_batches(
         coco.sizes,
         batch_size,

@@ -18,10 +18,11 @@ from detector.datasets.loader import DetectionDataset, build_loader, to_device
 from detector.datasets.sampling import StepPlanner, TrainSampler
 from detector.engine import distributed
 from detector.engine.checkpoint import load_checkpoint, make_folder, require_same_data, save_checkpoint, state_to_resume
-from detector.engine.errors import Interrupted, RunError, Stop, stop_on_signal
+from detector.engine.errors import Interrupted, Stop, stop_on_signal
 from detector.engine.evaluate import prove_pipeline
 from detector.engine.interval import Interval
 from detector.engine.logger import RunLog
+from detector.engine.memory import keep_pictures, out_of_memory, resolved_micro_batch
 from detector.engine.optim import autocast, lr_factor, set_lr
 from detector.engine.preflight import data_warnings, open_datasets, sampling_factors
 from detector.engine.run import Run, finished_metrics
@@ -85,18 +86,19 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
         for dataset in (train_set, *others):
             log.info(dataset.summary())
         run.announce(planner, total_steps)
-        run.compile_if_worth_it(planner, total_steps - start_step)
         for line in data_warnings(run.model.anchors, train_set, others, config):
             log.warn(line)
         if val_set is not None and start_step == 0:
             log.info(prove_pipeline(run.model, run.loss.match, val_set, config, device=device))
         sampler = TrainSampler(
-            planner, start_step, total_steps, micro_batch=config.train.micro_batch,
+            planner, start_step, total_steps,
+            micro_batch=resolved_micro_batch(run, planner, int(train_set.num_objects.max(initial=0))),
             rank=distributed.rank(), world_size=distributed.world_size(),
         )  # fmt: skip
+        run.compile_if_worth_it(planner, total_steps - start_step)  # after memory was tried
         # one pool of workers for the whole run: they read ahead over the ends of epochs and evaluations
         loader = build_loader(
-            training_data(train_set, config),
+            training_data(train_set, config, log),
             sampler,
             num_workers=config.data.num_workers,
             pin_memory=device.type == "cuda",
@@ -207,31 +209,12 @@ def train_one_epoch(run: Run, batches: Iterator[Batch], sampler: TrainSampler, e
             run.save()  # the epoch's last step is saved after its evaluation, which a resumed run would leave out
 
 
-def out_of_memory(run: Run, sampler: TrainSampler) -> RunError:
-    """What the step at hand took, what there is, and which settings make it less."""
-    planner = sampler.planner
-    epoch, within = divmod(run.state.step, planner.steps_per_epoch)
-    keys = planner.keys(epoch, within, planner.epoch(epoch)[within])
-    share = -(-len(keys) // distributed.world_size())
-    at_once = -(-share // sampler.num_micro_batches(len(keys)))
-    height, width = keys[0].canvas
-    there = f" of {torch.cuda.mem_get_info(run.device)[1] / 1e9:.0f} GB" if run.device.type == "cuda" else ""
-    help_ = [f"data.min_size below {keys[0].min_size}"]
-    if at_once > 1:
-        bn = " (norm bn then sees fewer pictures at once)" if run.config.model.norm == "bn" else ""
-        help_.insert(0, f"train.micro_batch={at_once // 2}, which does the same step in smaller parts{bn}")
-    if run.config.model.norm in ("frozen_bn", "gn") and not run.config.train.checkpoint_activations:
-        help_.append("train.checkpoint_activations=true")
-    if run.precision == "fp32":
-        help_.append("train.precision=bf16")
-    return RunError(
-        f"the memory{there} must hold {at_once} pictures of {height} x {width} pixels at once in step {run.state.step + 1}, "
-        f"and does not; set {', or '.join(help_)}; --resume auto goes on from the last checkpoint"
-    )
+def training_data(train_set: CocoDataset, config: Config, log: RunLog) -> DetectionDataset:
+    """The training set as the network sees it: augmented, resized, mirrored.
 
-
-def training_data(train_set: CocoDataset, config: Config) -> DetectionDataset:
-    """The training set as the network sees it: augmented, resized, mirrored."""
+    Raises:
+        ConfigError: there is no room for the cache that the config asks for.
+    """
     augmentation = None
     if config.data.augment:
         augmentation = Augmentation(
@@ -239,7 +222,7 @@ def training_data(train_set: CocoDataset, config: Config) -> DetectionDataset:
             min_visibility=config.data.augment_min_visibility,
             sizes=extreme_sizes(train_set.sizes),
         )
-    return DetectionDataset(
+    dataset = DetectionDataset(
         train_set,
         max_size=config.data.max_size,
         resize=config.model.resize,
@@ -247,4 +230,8 @@ def training_data(train_set: CocoDataset, config: Config) -> DetectionDataset:
         augmentation=augmentation,
         seed=config.train.seed,
         skip_unreadable=config.data.on_error == "skip",
+        scaled_decode=config.data.scaled_decode,
     )
+    if config.data.cache_gb:
+        log.info(keep_pictures(dataset, config.data))
+    return dataset

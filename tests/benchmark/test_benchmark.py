@@ -12,7 +12,7 @@ import torch
 
 import detector.benchmark.cases
 from detector.benchmark.measure import Measured, interleaved, noise
-from detector.benchmark.pipeline import loading, scoring
+from detector.benchmark.pipeline import loading, opening, scoring
 from detector.benchmark.report import verdict
 from detector.losses import RetinaNetLoss
 from tools.benchmark import main
@@ -99,3 +99,10 @@ def test_loading_times_both_pipelines() -> None:
     row = loading((48, 64), workers=1, batch=4, repeats=1, pictures=12)
     assert row["ours"]["images_per_second"] > 0
     assert row["peer"]["images_per_second"] > 0
+    assert row["kept"]["images_per_second"] > 0
+
+
+def test_opening_compares_readers_that_find_the_same() -> None:
+    row = opening(30, repeats=2)
+    assert row["ratio"] > 0
+    assert row["peer"]["seconds"]

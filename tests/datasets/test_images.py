@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,7 +20,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from detector.datasets import images as images_module
-from detector.datasets.images import BAD, GOOD, MISSING, UNCHECKED, ImageError, check_images, decode_image, read_header
+from detector.datasets.images import (
+    BAD,
+    GOOD,
+    MISSING,
+    UNCHECKED,
+    ImageError,
+    check_images,
+    decode_at_least,
+    decode_image,
+    read_header,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -395,3 +406,49 @@ def test_a_file_changed_without_changing_its_size_is_looked_at_again(tmp_path: P
     os.utime(tmp_path / "a.bmp", ns=(1, 1))
     check_images(tmp_path, ["a.bmp"], one, decode=True, progress=False)
     assert opened == ["a.bmp", "a.bmp"]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize(("size", "enough", "read"), [
+    ((97, 131), (10, 12), (97, 131)),
+    ((98, 132), (10, 12), (49, 66)),
+    ((800, 1000), (200, 250), (200, 250)),
+    ((800, 1000), (201, 250), (400, 500)),
+    ((804, 1004), (10, 12), (201, 251)),
+    ((100, 100), (100, 100), (100, 100)),
+    ((100, 100), (300, 300), (100, 100)),
+])  # fmt: skip
+def test_a_large_jpeg_is_read_no_larger_than_needed(
+    tmp_path: Path, orientation: int, size: tuple[int, int], enough: tuple[int, int], read: tuple[int, int]
+) -> None:
+    """And looks as the whole picture does when it is resized by areas, turned or not."""
+    coarse = Image.fromarray(noise(11, 9, 3)).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    coarse.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    if orientation in (6, 8):
+        enough, read = enough[::-1], read[::-1]
+    whole = decode_image(tmp_path / "a.jpg", apply_exif=True)
+    asked = []
+
+    def say(of: tuple[int, int]) -> tuple[int, int]:
+        asked.append(of)
+        return enough
+
+    pixels, of = decode_at_least(tmp_path / "a.jpg", apply_exif=True, enough=say)
+    assert asked == [whole.shape[:2]] == [of]
+    assert pixels.shape[:2] == read
+    assert pixels.flags.c_contiguous
+    by_areas = cv2.resize(whole, (read[1], read[0]), interpolation=cv2.INTER_AREA)
+    assert np.abs(by_areas.astype(int) - pixels).mean() < 2
+    assert np.array_equal(pixels, whole) == (read == whole.shape[:2])
+
+
+def test_what_is_no_colour_jpeg_is_read_whole(tmp_path: Path) -> None:
+    picture = Image.fromarray(noise(40, 60, 3))
+    picture.save(tmp_path / "a.png")
+    picture.convert("L").save(tmp_path / "b.jpg")
+    for name in ("a.png", "b.jpg"):
+        pixels, size = decode_at_least(tmp_path / name, apply_exif=False, enough=lambda _: (5, 5))
+        assert size == (40, 60)
+        assert np.array_equal(pixels, decode_image(tmp_path / name, apply_exif=False))

@@ -1,0 +1,134 @@
+"""Pictures kept between epochs: the same ones, shared, within the bound."""
+
+from __future__ import annotations
+
+import os
+from multiprocessing.context import ForkProcess, SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from detector.datasets.augment import Augmentation
+from detector.datasets.cache import PictureCache
+from detector.datasets.coco import CocoDataset, read_coco
+from detector.datasets.loader import DetectionDataset, build_loader
+from detector.datasets.sampling import StepPlanner, TrainSampler
+from detector.structures import Batch
+from tests.tiny import images_of, write_coco
+
+PLENTY = 10**8
+FLIP = Augmentation(({"HorizontalFlip": {"p": 0.5}},), min_visibility=0.1)
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> CocoDataset:
+    annotations = write_coco(tmp_path / "train.json", 11, seed=1)
+    return read_coco(annotations, images_of(annotations), verify="none", progress=False)
+
+
+def epochs(
+    coco: CocoDataset, *, limit: int, workers: int = 0, folder: Path | None = None, min_sizes: tuple[int, ...] = (48, 64),
+    **settings: Any,
+) -> list[Batch]:  # fmt: skip
+    planner = StepPlanner(
+        coco.sizes, 4, min_sizes=min_sizes, max_size=96, pad="batch_max_32", aspect_ratio_grouping=True, seed=5
+    )
+    dataset = DetectionDataset(coco, max_size=96, hflip=0.5, seed=5, **settings)
+    if limit:
+        dataset.keep_pictures(limit, min_sizes=min_sizes, folder=folder)
+    return list(build_loader(dataset, TrainSampler(planner, 0, 4 * planner.steps_per_epoch), num_workers=workers))
+
+
+def assert_same(ours: list[Batch], wanted: list[Batch]) -> None:
+    assert len(ours) == len(wanted) == 12
+    for one, other in zip(ours, wanted, strict=True):
+        assert one.images.equal(other.images)
+        assert all(a.equal(b) for a, b in zip(one.targets, other.targets, strict=True))
+        assert one.original_sizes.equal(other.original_sizes)
+
+
+@pytest.mark.parametrize("settings", [{}, {"augmentation": FLIP}, {"resize": "float_bilinear"}], ids=str)
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("limit", [1, 60_000, PLENTY])
+def test_kept_pictures_are_those_that_would_be_read(
+    coco: CocoDataset, settings: dict[str, Any], workers: int, limit: int
+) -> None:
+    assert_same(epochs(coco, limit=limit, workers=workers, **settings), epochs(coco, limit=0, **settings))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_after_an_epoch_no_file_is_read(coco: CocoDataset, tmp_path: Path, on_disk: bool) -> None:
+    dataset = DetectionDataset(coco, max_size=96)
+    planner = StepPlanner(
+        coco.sizes, 4, min_sizes=(64,), max_size=96, pad="batch_max_32", aspect_ratio_grouping=True, seed=5
+    )
+    kept = dataset.keep_pictures(PLENTY, min_sizes=(64,), folder=tmp_path if on_disk else None)
+    assert kept.num_kept == kept.num_pictures == 11
+    batches = iter(build_loader(dataset, TrainSampler(planner, 0, 6), num_workers=0))
+    before = [next(batches) for _ in range(3)]
+    for file in images_of(coco.annotations).iterdir():
+        file.unlink()
+    after = list(batches)
+    assert sorted(i for b in before for i in b.image_ids.tolist()) == sorted(
+        i for b in after for i in b.image_ids.tolist()
+    )
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["train.json"], "the cache has no name"
+
+
+def test_a_picture_of_another_size_than_promised_is_not_kept() -> None:
+    cache = PictureCache({0: np.array([[4, 6], [5, 5]])}, 1000)
+    cache.put(0, 0, np.full((6, 4, 3), 7, np.uint8))
+    assert cache.get(0, 0) is None
+    cache.put(0, 0, np.full((4, 6, 3), 7, np.uint8))
+    kept = cache.get(0, 0)
+    assert kept is not None
+    kept[:] = 0  # a copy, so whatever is done to it
+    assert np.array_equal(cache.get(0, 0), np.full((4, 6, 3), 7))  # type: ignore[arg-type]
+    assert cache.get(1, 0) is None
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8),
+    limit=st.integers(0, 900),
+    scales=st.integers(1, 3),
+)
+def test_every_picture_that_fits_has_a_place_of_its_own(sizes: list[tuple[int, int]], limit: int, scales: int) -> None:
+    """The first one of all bytes kept, in every size; then the next."""
+    per_scale = {name: np.array(sizes) + name for name in range(scales)}
+    cache = PictureCache(per_scale, limit)
+    assert cache.num_bytes <= limit
+    pictures = {
+        (i, name): np.random.default_rng([i, name]).integers(0, 256, (*per_scale[name][i], 3), np.uint8)
+        for i in range(len(sizes))
+        for name in per_scale
+    }
+    for (i, name), picture in pictures.items():
+        cache.put(i, name, picture)
+    for (i, name), picture in pictures.items():
+        kept = cache.get(i, name)
+        assert (kept is not None) == (i < cache.num_kept)
+        assert kept is None or np.array_equal(kept, picture)
+
+
+@pytest.mark.parametrize("method", [ForkProcess, SpawnProcess])
+def test_what_another_process_puts_in_is_there(method: type[ForkProcess | SpawnProcess]) -> None:
+    cache = PictureCache({0: np.array([[4, 6], [5, 5]])}, 1000)
+    process = method(target=cache.put, args=(1, 0, np.full((5, 5, 3), 9, np.uint8)))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert np.array_equal(cache.get(1, 0), np.full((5, 5, 3), 9))  # type: ignore[arg-type]
+    assert cache.get(0, 0) is None
+
+
+def test_a_disk_without_room_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        PictureCache({0: np.array([[4, 6]])}, 1000, folder=tmp_path)
