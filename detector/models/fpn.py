@@ -59,12 +59,12 @@ def _plus_enlarged(fine: Tensor, coarse: Tensor) -> Tensor:
     return enlarged
 
 
-def _strided(conv: nn.Module, x: Tensor) -> Tensor:
+def _strided(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A 3x3 convolution of stride 2. Where its input is one cell wide, oneDNN makes the gradient of its weights from memory
     that nobody wrote (bf16 on a CPU; torch 2.11 and 2.15), so that happens in fp32."""
     if x.shape[-1] == 1 and x.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
-            narrow: Tensor = conv(x.float())
+            narrow: Tensor = conv(x.to(conv.weight.dtype))
             return narrow
     out: Tensor = conv(x)
     return out
