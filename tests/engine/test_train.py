@@ -24,6 +24,7 @@ from detector.engine.score import score_checkpoint
 from detector.engine.train import train
 from detector.losses import RetinaNetLoss
 from tests.engine.conftest import EVERYTHING_ON, Run
+from tests.oracles import train_plainly
 from tests.tiny import (
     CLASSES,
     TinyData,
@@ -87,6 +88,30 @@ def test_a_compiled_run_learns_what_an_eager_one_learns(
     eager, ours = last_checkpoint(tmp_path / "eager").model, last_checkpoint(tmp_path / "compiled").model
     for key, value in eager.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_without_any_fast_path_ends_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32; what bf16 costs is measured (docs/benchmarks.md)."""
+    annotations = write_coco(tmp_path / "train.json", 6, seed=3, suffix=".jpg")
+    data, used = TinyData(annotations, annotations), set()
+    train(tiny_config(tmp_path, data, **SHORT, data__val=None), tmp_path / "fast")
+
+    def noted(name: str, plain: Any) -> Any:
+        def replacement(*arguments: Any, **named: Any) -> Any:
+            used.add(name)
+            return plain(*arguments, **named)
+
+        return replacement
+
+    for module, name, plain in train_plainly.REPLACED:
+        monkeypatch.setattr(module, name, noted(name, plain))
+    train(tiny_config(tmp_path, data, **SHORT, data__val=None, train__channels_last=False), tmp_path / "plain")
+    assert used == {name for _, name, _ in train_plainly.REPLACED}
+    fast, wanted = last_checkpoint(tmp_path / "fast").model, last_checkpoint(tmp_path / "plain").model
+    for key, value in wanted.items():
+        torch.testing.assert_close(fast[key], value, rtol=1e-4, atol=1e-6)
 
 
 def test_too_little_memory_is_told_with_the_sizes_and_the_settings_that_help(
