@@ -5,6 +5,7 @@ A case returns rows: {"case", "row", "ours", "peer", ...} of numbers that `repor
 
 from __future__ import annotations
 
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -26,11 +27,13 @@ from detector.benchmark.measure import (
     interleaved,
     machine_peak,
     noise,
+    seconds_of,
     where_time_goes,
 )
 from detector.benchmark.peers import Inputs, as_if_trained, make_inputs, make_ours, make_torchvision, their_name
-from detector.benchmark.pipeline import loading, opening, scoring
+from detector.benchmark.pipeline import loading, opening, our_loader, scoring, write_pictures
 from detector.config import ModelConfig
+from detector.datasets.loader import to_device
 from detector.engine.compiling import compile_step
 from detector.engine.detect import Detector
 from detector.engine.memory import Work
@@ -40,7 +43,7 @@ from detector.losses.dense import dense_focal_loss
 from detector.models import RetinaNet, build_anchors
 from detector.models.foreign import TORCHVISION_ANCHORS
 from detector.postprocess import postprocess
-from detector.structures import Detections, HeadOutputs
+from detector.structures import Batch, Detections, HeadOutputs
 
 Row = dict[str, Any]
 
@@ -85,10 +88,10 @@ class _Step(ABC):
         self.optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9, weight_decay=1e-4, fused=True)
 
     @abstractmethod
-    def losses(self, x: Inputs) -> tuple[Tensor, Tensor]:
+    def losses(self, x: Any) -> tuple[Tensor, Tensor]:
         """Class and box loss."""
 
-    def __call__(self, x: Inputs) -> None:
+    def __call__(self, x: Inputs | Batch) -> None:
         cls, box = self.losses(x)
         (cls + box).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -104,12 +107,12 @@ class OurStep(_Step):
         if compiled:
             compile_step(model, self.loss)
 
-    def losses(self, x: Inputs) -> tuple[Tensor, Tensor]:
+    def losses(self, x: Inputs | Batch) -> tuple[Tensor, Tensor]:
         """Class and box loss."""
         grids = self.model.grids_of(x.images)
         matches = self.loss.match(self.model.anchors_of(x.images), x.targets, grids=grids)
         with autocast(self.precision, self.options.device):
-            outputs = self.model(x.images, x.sizes)
+            outputs = self.model(x.images, x.image_sizes)
         parts = self.loss(outputs, x.targets, matches=matches)
         return parts["loss_cls"], parts["loss_box"]
 
@@ -128,7 +131,7 @@ def train(options: Options) -> list[Row]:
     """A step with torchvision's anchors, matching and losses, frozen alike."""
     device = options.device
     x = make_inputs(options.batch, options.size, options.boxes, options.classes, device)
-    x = x._replace(sizes=x.sizes.to(device))
+    x = x._replace(image_sizes=x.image_sizes.to(device))
     cuda = device.type == "cuda"
     wanted = _precisions(options)
     compiled = cuda if options.compiled is None else options.compiled
@@ -166,7 +169,7 @@ def train(options: Options) -> list[Row]:
 
 def _pair(options: Options, x: Inputs) -> tuple[RetinaNet, Any]:
     ours = make_ours(options.backbone, options.classes, options.device)
-    as_if_trained(ours, x.images[:1], x.sizes[:1].to(options.device))
+    as_if_trained(ours, x.images[:1], x.image_sizes[:1].to(options.device))
     return ours, make_torchvision(ours, options.backbone, options.classes, options.size)
 
 
@@ -210,7 +213,7 @@ def infer(options: Options) -> list[Row]:
         detector = Detector(ours, settings, precision=precision, device=device)
 
         def run_ours(detector: Detector = detector) -> list[Detections]:
-            return detector(x.images, x.sizes)
+            return detector(x.images, x.image_sizes)
 
         @torch.inference_mode()
         def run_theirs(precision: Precision = precision) -> list[dict[str, Tensor]]:
@@ -238,7 +241,7 @@ def infer(options: Options) -> list[Row]:
 def _same_objects(options: Options, x: Inputs, ours: RetinaNet, theirs: Any) -> Row:
     """In fp32 nearly all objects of the first image must be the same."""
     detector = Detector(ours, _postprocess_settings({}), precision="fp32", device=options.device)
-    mine = detector(x.images[:1], x.sizes[:1])
+    mine = detector(x.images[:1], x.image_sizes[:1])
     with torch.inference_mode():
         its = [{key: value.cpu() for key, value in one.items()} for one in theirs(x.floats[:1])]
     share = alike(mine, its)
@@ -351,14 +354,14 @@ def postprocessing(options: Options) -> list[Row]:
     ours, theirs = _pair(options, x)
     theirs.eval()
     with torch.no_grad():
-        outputs: HeadOutputs = ours.eval()(x.images, x.sizes.to(device))
+        outputs: HeadOutputs = ours.eval()(x.images, x.image_sizes.to(device))
     sizes = [options.size] * options.batch
     levels = list(torch.split(outputs.anchors, [d.shape[1] for d in outputs.box_deltas]))
     heads = {"cls_logits": list(outputs.cls_logits), "bbox_regression": list(outputs.box_deltas)}
     settings = _postprocess_settings({})
 
     def run_ours() -> list[Detections]:
-        return postprocess(outputs, x.sizes, **settings)
+        return postprocess(outputs, x.image_sizes, **settings)
 
     @torch.no_grad()
     def run_theirs() -> list[dict[str, Tensor]]:
@@ -393,6 +396,38 @@ def loader(options: Options) -> list[Row]:
     )
     row = "{} workers, from {} x {}".format(options.workers, *options.picture)
     return [{"case": "loader", "row": row, **_shape(options), **found}]
+
+
+def feed(options: Options) -> list[Row]:
+    """Training steps from JPEG files, by way of the loader ("ours"), against as many with a batch that is already there."""
+    device, precision = options.device, _precisions(options)[-1]
+    compiled = device.type == "cuda" if options.compiled is None else options.compiled
+    model = make_ours(options.backbone, options.classes, device).train()
+    step = OurStep(model, options, precision, compiled=compiled)
+    timed = {name: Measured() for name in ("ours", "peer", "again")}
+    with tempfile.TemporaryDirectory() as folder:
+        annotations = write_pictures(Path(folder), min(options.images, max(256, 8 * options.batch)), options.picture)
+        loader, count = our_loader(
+            annotations, options.size, options.workers, options.batch, epochs=3 * options.repeats + 1
+        )
+        batches = (to_device(batch, device) for batch in loader)
+        for _ in range(2 * options.workers):  # read ahead while nothing computed
+            there = next(batches)
+            step(there)
+
+        def from_files() -> None:
+            for _ in range(count):
+                step(next(batches))
+
+        def from_memory() -> None:
+            for _ in range(count):
+                step(there)
+
+        for _ in range(options.repeats):
+            for name, work in (("ours", from_files), ("peer", from_memory), ("again", from_files)):
+                timed[name].seconds.append(seconds_of(work, device) / count)
+    row = "{}, {} workers, from {} x {}".format(precision, options.workers, *options.picture)
+    return [{"case": "feed", "row": row, **_shape(options), **_figures(timed, images=options.batch)}]
 
 
 def _precisions(options: Options) -> list[Precision]:
@@ -451,5 +486,5 @@ def _figures(
 
 CASES: dict[str, Callable[[Options], list[Row]]] = {
     "train": train, "infer": infer, "loss": loss, "match": match, "postprocess": postprocessing, "loader": loader,
-    "eval": scores, "open": opened,
+    "eval": scores, "open": opened, "feed": feed,
 }  # fmt: skip

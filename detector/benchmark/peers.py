@@ -15,6 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detector.config import ModelConfig
+from detector.datasets.loader import padded_rows
 from detector.models import RetinaNet, build_model
 from detector.models.foreign import TORCHVISION_ANCHORS
 from detector.structures import Targets
@@ -31,7 +32,7 @@ class Inputs(NamedTuple):
 
     images: Tensor
     """(B, 3, H, W) uint8, channels last."""
-    sizes: Tensor
+    image_sizes: Tensor
     """(B, 2)"""
     targets: Targets
     floats: list[Tensor]
@@ -105,7 +106,7 @@ def make_inputs(batch: int, size: tuple[int, int], boxes: int, num_classes: int,
     height, width = size
     images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=random)
     images = images.to(device).contiguous(memory_format=torch.channels_last)
-    length = max(8, 1 << (boxes - 1).bit_length()) if boxes else 0
+    length = padded_rows(boxes)
     all_boxes, labels = torch.zeros(batch, length, 4), torch.full((batch, length), -1)
     for i in range(batch):
         count = boxes - (boxes * 3 // 4) * i // max(1, batch - 1)

@@ -23,7 +23,7 @@ from detector.coco_eval import CocoResults, evaluate
 from detector.datasets.coco import CocoDataset, read_coco
 from detector.datasets.loader import DetectionDataset, build_loader
 from detector.datasets.sampling import StepPlanner, TrainSampler
-from detector.structures import Categories, GroundTruth
+from detector.structures import Batch, Categories, GroundTruth
 
 
 def scoring(images: int, *, repeats: int) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def loading(
     an epoch whose pictures are kept (`data.cache_gb`)."""
     with tempfile.TemporaryDirectory() as folder:
         count = pictures or (256 if stored[0] * stored[1] < 1e6 else 6 * batch)
-        annotations = _write_pictures(Path(folder), count, stored)
+        annotations = write_pictures(Path(folder), count, stored)
         timed = {name: Measured() for name in ("ours", "peer", "kept", "again")}
         for _ in range(repeats):
             for name in timed:
@@ -168,7 +168,8 @@ def loading(
     return {"noise": noise(timed, "ours"), "ratio": timed["peer"].median / timed["ours"].median, **figures}
 
 
-def _write_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
+def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
+    """JPEG files of soft noise, seven objects each, and their COCO file."""
     height, width = size
     rng = np.random.default_rng(0)
     images, objects = [], []
@@ -198,6 +199,14 @@ def _write_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
 
 def _our_seconds(annotations: Path, size: tuple[int, int], workers: int, batch: int, *, keep: bool) -> float:
     """A picture's share, from the end of the first batches to that of the last; of the second epoch alone with `keep`."""
+    loader, steps_per_epoch = our_loader(annotations, size, workers, batch, keep=keep)
+    return _seconds(loader, skip=2 * workers + keep * steps_per_epoch, batch=batch)
+
+
+def our_loader(
+    annotations: Path, size: tuple[int, int], workers: int, batch: int, *, keep: bool = False, epochs: int = 2
+) -> tuple[DataLoader[Batch], int]:
+    """As training reads, some epochs and two steps a worker more; and the steps of an epoch."""
     coco = read_coco(annotations, annotations.parent, verify="none", progress=False)
     planner = StepPlanner(
         coco.sizes,
@@ -209,12 +218,11 @@ def _our_seconds(annotations: Path, size: tuple[int, int], workers: int, batch: 
         seed=0,
     )
     dataset = DetectionDataset(coco, max_size=max(size), hflip=0.5, scaled_decode=True)
-    skip = 2 * workers
     if keep:
         dataset.keep_pictures(10**10, min_sizes=[min(size)])
-        skip += planner.steps_per_epoch
-    sampler = TrainSampler(planner, 0, 2 * planner.steps_per_epoch + 2 * workers)
-    return _seconds(build_loader(dataset, sampler, num_workers=workers), skip=skip, batch=batch)
+    sampler = TrainSampler(planner, 0, epochs * planner.steps_per_epoch + 2 * workers)
+    loader = build_loader(dataset, sampler, num_workers=workers, pin_memory=torch.cuda.is_available())
+    return loader, planner.steps_per_epoch
 
 
 class _Reference(Dataset[tuple[Tensor, Any]]):

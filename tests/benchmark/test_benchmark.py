@@ -52,12 +52,13 @@ def test_a_ratio_within_the_noise_is_no_difference() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param("train", marks=pytest.mark.slow), "infer", "loss", "match", "postprocess"]
+    "case", [pytest.param("train", marks=pytest.mark.slow), "infer", "loss", "match", "postprocess", "feed"]
 )
 def test_every_case_ends_with_a_ratio_and_raw_figures(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [*SMALL, "--precision", "fp32", "--json", str(tmp_path / "raw.json")]
+    options += ["--images", "8", "--picture", "48x64"] if case == "feed" else []
     assert main([case, *options, *(["--trace", str(tmp_path / "trace")] if case == "train" else [])]) == 0
     written = json.loads((tmp_path / "raw.json").read_text())
     assert f"{case}, " in capsys.readouterr().out
