@@ -73,7 +73,10 @@ def _largest_that_fits(run: Run, canvas: tuple[int, int], objects: int, share: i
     if run.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(run.device)
         there = free + torch.cuda.memory_reserved(run.device) - torch.cuda.memory_allocated(run.device)
-        kept = torch.empty(int(later + SPARE * there), dtype=torch.uint8, device=run.device)
+        try:
+            kept = torch.empty(int(later + SPARE * there), dtype=torch.uint8, device=run.device)
+        except torch.OutOfMemoryError:
+            return 0, "not even what the optimizer keeps fits"
         count = share
         while count:
             try:
