@@ -93,6 +93,7 @@ def _largest_that_fits(run: Run, canvas: tuple[int, int], objects: int, share: i
     free_bytes = free_memory()
     if free_bytes is None:
         return share, f"this system does not say how much memory is free, so all {share} go at once"
+    free_bytes //= distributed.world_size()
     # No error to catch here: a process that asks for too much is ended. So from what one and two take.
     one = peak_of(partial(_try, run, canvas, objects, 1), run.device)
     more = peak_of(partial(_try, run, canvas, objects, 2), run.device) - one if share > 1 else 0
