@@ -257,12 +257,12 @@ class DataConfig(Section):
     repeat_threshold: Annotated[float, Field(gt=0, le=1)] = 0.001  # classes in a smaller share of pictures are rare
     aspect_ratio_grouping: bool = True  # batches are all landscape or all portrait, which saves padding
     num_workers: Annotated[int, Field(ge=0)] = 2
-    # Keep so many GB of pictures from epoch to epoch: as they are after decoding and, without `augment`, resizing. The first
-    # epoch fills it; the pictures are the same, only sooner there.
+    # Keep so many GB of pictures from epoch to epoch, once for all processes of a machine: as they are after decoding and,
+    # without `augment` and where that is less, resizing. The pictures are the same, only sooner there.
     cache_gb: NonNegative = 0.0
-    cache_folder: str | None = None  # null: in memory, once for all workers; a folder: on its disk, for this run only
+    cache_folder: str | None = None  # null: in memory; a folder: on its disk, for this run only
     # Read JPEG files in training at a half, a quarter or an eighth of their size where that is more than the network gets (and
-    # `augment` is empty): large photographs are read in half the time. Evaluation always takes every pixel.
+    # `augment` is empty). Evaluation always takes every pixel.
     scaled_decode: bool = True
     # header: every file is there and of the right size; decode: and can be read to its end; auto: decode up to 5,000
     # images (remembered), headers above.
@@ -280,6 +280,12 @@ class DataConfig(Section):
     def eval_size(self) -> int:
         """The short side of evaluation and prediction."""
         return self.eval_min_size or max(self.train_sizes)
+
+    @model_validator(mode="after")
+    def _folder_of_something(self) -> DataConfig:
+        if self.cache_folder is not None and not self.cache_gb:
+            raise ValueError("cache_folder keeps nothing while cache_gb is 0; set that, too")
+        return self
 
     @model_validator(mode="after")
     def _one_transform_each(self) -> DataConfig:
@@ -460,6 +466,13 @@ def resolve_data_paths(config: Config) -> Config:
         update["cache_folder"] = str(Path(config.data.cache_folder).absolute())
     data = config.data.model_copy(update=update)
     return config.model_copy(update={"data": data, "model": model, "train": train})
+
+
+def with_micro_batch(config: Config, micro_batch: int | None) -> Config:
+    """The same config, but `train.micro_batch: auto` is answered."""
+    if config.train.micro_batch != "auto":
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": micro_batch})})
 
 
 def with_model_of(config: Config, checkpoint: Config) -> Config:

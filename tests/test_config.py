@@ -373,6 +373,7 @@ def test_items_of_lists_are_told_by_their_place(write: Write) -> None:
     ("overrides", "told"),
     [
         (["matching.bg_iou_thresh=0.6"], "bg_iou_thresh must not exceed fg_iou_thresh, got 0.6 > 0.5"),
+        (["data.cache_folder=/tmp"], "cache_folder keeps nothing while cache_gb is 0"),
         (["train.micro_batch=32"], "train.micro_batch must not exceed train.batch_size, got 32 > 16"),
         (["data.min_size=2000"], "must not exceed data.max_size"),
         (["data.eval_min_size=2000"], "must not exceed data.max_size"),

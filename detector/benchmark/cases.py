@@ -411,9 +411,10 @@ def feed(options: Options) -> list[Row]:
             annotations, options.size, options.workers, options.batch, epochs=3 * options.repeats + 1
         )
         batches = (to_device(batch, device) for batch in loader)
-        for _ in range(2 * options.workers):  # read ahead while nothing computed
-            there = next(batches)
+        there = next(batches)
+        for _ in range(2 * options.workers):  # what was read ahead while nothing computed
             step(there)
+            there = next(batches)
 
         def from_files() -> None:
             for _ in range(count):

@@ -206,7 +206,7 @@ def _our_seconds(annotations: Path, size: tuple[int, int], workers: int, batch: 
 def our_loader(
     annotations: Path, size: tuple[int, int], workers: int, batch: int, *, keep: bool = False, epochs: int = 2
 ) -> tuple[DataLoader[Batch], int]:
-    """As training reads, some epochs and two steps a worker more; and the steps of an epoch."""
+    """As training reads, some epochs, two steps a worker and one more; and the steps of an epoch."""
     coco = read_coco(annotations, annotations.parent, verify="none", progress=False)
     planner = StepPlanner(
         coco.sizes,
@@ -220,7 +220,7 @@ def our_loader(
     dataset = DetectionDataset(coco, max_size=max(size), hflip=0.5, scaled_decode=True)
     if keep:
         dataset.keep_pictures(10**10, min_sizes=[min(size)])
-    sampler = TrainSampler(planner, 0, epochs * planner.steps_per_epoch + 2 * workers)
+    sampler = TrainSampler(planner, 0, epochs * planner.steps_per_epoch + 2 * workers + 1)
     loader = build_loader(dataset, sampler, num_workers=workers, pin_memory=torch.cuda.is_available())
     return loader, planner.steps_per_epoch
 

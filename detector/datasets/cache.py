@@ -19,23 +19,32 @@ from numpy.typing import NDArray
 class PictureCache:
     """Room for as many pictures as fit, each of which is put in when it is first read and stays.
 
-    Nothing is replaced: every epoch asks for every picture, in an order without pattern, so that no choice of pictures
-    is better than another, and what had to give way would be missed as often as what came for it.
+    Nothing is replaced: an epoch asks for the pictures in an order without pattern, so that no choice of pictures is
+    better than another, and what had to give way would be missed as often as what came for it.
 
-    The room is a file without a name, which is gone when the last process is, however it ends. In memory it counts as
-    memory of the processes, not against the size of /dev/shm, which in containers is small.
+    The room is a file without a name, which is gone when the last process is, however it ends. In memory (elsewhere than
+    on Linux: in the folder for temporary files) it counts as memory of the processes, not against the size of /dev/shm,
+    which in containers is small.
 
     Args:
         sizes: for every size that pictures are wanted at (the number is a name: the short side in multi-scale training)
             the (N, 2) heights and widths of all N.
         limit: bytes.
         folder: for a cache on disk.
+        shared: the `path` of the cache that another process made with the same arguments; this becomes the same one.
 
     Raises:
-        OSError: there is not so much room on the disk, or the folder cannot be written to.
+        OSError: there is not so much room on the disk, or the folder cannot be written to, or knows no locks.
     """
 
-    def __init__(self, sizes: Mapping[int, NDArray[np.integer]], limit: int, *, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        sizes: Mapping[int, NDArray[np.integer]],
+        limit: int,
+        *,
+        folder: Path | None = None,
+        shared: str | None = None,
+    ) -> None:
         self.places = {name: place for place, name in enumerate(sizes)}
         # picture by picture, so that of a picture that fits all sizes do
         self.sizes = np.stack([np.asarray(s, np.int64) for s in sizes.values()], axis=1)  # (N, S, 2)
@@ -47,8 +56,14 @@ class PictureCache:
         self.starts = (ends - amount)[:count]
         self.num_bytes = int(ends[count - 1]) if count else 0
         if count:
-            self.file = _nameless_file(self.num_bytes, folder)
+            self.file = _nameless_file(self.num_bytes, folder) if shared is None else open(shared, "r+b")  # noqa: SIM115
             self._map()
+            self._is_there(0)  # an error about locks is told now
+
+    @property
+    def path(self) -> str | None:
+        """By which another process of this machine and user finds the file while this one lives; None where it cannot."""
+        return f"/proc/{os.getpid()}/fd/{self.file.fileno()}" if self.num_bytes and sys.platform == "linux" else None
 
     def get(self, index: int, name: int) -> NDArray[np.uint8] | None:
         """A copy of picture `index` (H, W, 3) at the size called `name`, if it is there."""

@@ -90,8 +90,8 @@ def decode_at_least(
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     """As `decode_image`, but a colour JPEG may come at exactly a half, a quarter or an eighth of its size.
 
-    Its decoder takes means of 2 x 2, 4 x 4 or 8 x 8 pixels in less time than it needs for the pixels, and most of what a resize
-    by areas would do next is then done.
+    Its decoder makes what are nearly the means of 2 x 2, 4 x 4 or 8 x 8 pixels in less time than the pixels, and most of what a
+    resize by areas would do next is then done. (Colour that is stored at half the width only, 4:2:2, stays less sharp.)
 
     Args:
         path: of the file.
@@ -106,7 +106,7 @@ def decode_at_least(
         size = image.height, image.width
         swapped = turn in _SWAPPING
         size = size[::-1] if swapped else size
-        least = (0, 0) if enough is None else _part_of(size, enough(size))
+        least = (0, 0) if enough is None else part_of(size, enough(size))
         pixels = None
         if image.format == "JPEG" and image.mode == "RGB":
             pixels = _usual_jpeg(path, least[::-1] if swapped else least)
@@ -118,7 +118,7 @@ def decode_at_least(
         return pixels, size
 
 
-def _part_of(size: tuple[int, int], enough: tuple[int, int]) -> tuple[int, int]:
+def part_of(size: tuple[int, int], enough: tuple[int, int]) -> tuple[int, int]:
     """An eighth, a quarter or a half of a size, or all of it: the smallest that is enough and without a rest, because a rest
     would become a row of its own, and everything would lie beside where its box says."""
     height, width = size

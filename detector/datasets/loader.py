@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from detector.datasets.augment import Augmentation
 from detector.datasets.cache import PictureCache
 from detector.datasets.coco import CocoDataset, Objects
-from detector.datasets.images import ImageError, decode_at_least
+from detector.datasets.images import ImageError, decode_at_least, part_of
 from detector.datasets.sampling import SampleKey
 from detector.datasets.transforms import (
     Resize,
@@ -89,6 +90,7 @@ class DetectionDataset(Dataset[Sample]):
         self.skip_unreadable = skip_unreadable
         self.scaled_decode = scaled_decode
         self.cache: PictureCache | None = None
+        self.keeps_whole = False
         self._told: set[int] = set()
 
     def __len__(self) -> int:
@@ -97,15 +99,20 @@ class DetectionDataset(Dataset[Sample]):
     def __getitem__(self, key: SampleKey) -> Sample:
         if key.index < 0:
             return _filler(key, index=-1)
-        try:
-            image, before = self._read(key)
-        except (ImageError, OSError) as error:
-            if not self.skip_unreadable:
-                raise
-            if key.index not in self._told:
-                self._told.add(key.index)
-                print(f"warning: {error}; it is left out (data.on_error is skip)", file=sys.stderr, flush=True)
-            return _filler(key, index=unreadable(key.index))
+        kept = self._kept(key)
+        if kept is not None:
+            image, before = kept
+        else:
+            try:
+                image, before = self._read(key)
+            except (ImageError, OSError) as error:
+                if not self.skip_unreadable:
+                    raise
+                if key.index not in self._told:
+                    self._told.add(key.index)
+                    print(f"warning: {error}; it is left out (data.on_error is skip)", file=sys.stderr, flush=True)
+                return _filler(key, index=unreadable(key.index))
+            self._keep(key, image, before)
         original_size = before
         objects = self.coco.objects(key.index)
         seed = [self.seed, key.epoch, key.index, *[1 + key.copy] * (key.copy > 0)]
@@ -122,24 +129,28 @@ class DetectionDataset(Dataset[Sample]):
         return Sample(image, size, objects, int(self.coco.image_ids[key.index]), original_size, key)
 
     def _read(self, key: SampleKey) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-        """A picture as read or, where nothing comes before that, at its size for the network; and its whole size."""
-        name = key.min_size if self.resizes_first else AS_READ
-        if self.cache is not None:
-            kept = self.cache.get(key.index, name)
-            if kept is not None:
-                height, width = self.coco.sizes[key.index].tolist()
-                return kept, (height, width)
-
-        def wanted(size: tuple[int, int]) -> tuple[int, int]:
-            return self._size(size, key)
-
-        coarse = wanted if self.scaled_decode and self.resizes_first and self.resize == "area" else None
+        """A picture as it is kept, or would be: as read or, where nothing comes before that, at its size for the network; and
+        its whole size."""
+        coarse = partial(self._size, key=key) if self.decodes_coarsely else None
         image, whole = decode_at_least(self.coco.path(key.index), apply_exif=self.coco.apply_exif, enough=coarse)
-        if self.resizes_first:
-            image = resize_picture(image, wanted(whole), self.resize)
-        if self.cache is not None and whole == tuple(self.coco.sizes[key.index]):
-            self.cache.put(key.index, name, image)
+        if self.resizes_first and not self.keeps_whole:
+            image = resize_picture(image, self._size(whole, key), self.resize)
         return image, whole
+
+    def _kept(self, key: SampleKey) -> tuple[NDArray[np.uint8], tuple[int, int]] | None:
+        """The same from the cache, if there is one and it is there."""
+        if self.cache is None:
+            return None
+        height, width = self.coco.sizes[key.index].tolist()
+        whole = height, width
+        if self.keeps_whole and self.decodes_coarsely and part_of(whole, self._size(whole, key)) != whole:
+            return None  # read at a part of its size, it looks a little otherwise
+        image = self.cache.get(key.index, AS_READ if self.keeps_whole else key.min_size)
+        return (image, whole) if image is not None else None
+
+    def _keep(self, key: SampleKey, image: NDArray[np.uint8], whole: tuple[int, int]) -> None:
+        if self.cache is not None and whole == tuple(self.coco.sizes[key.index]):
+            self.cache.put(key.index, AS_READ if self.keeps_whole else key.min_size, image)
 
     def _size(self, size: tuple[int, int], key: SampleKey) -> tuple[int, int]:
         resized = resized_size(size, min_size=key.min_size, max_size=self.max_size, resize=self.resize)
@@ -150,24 +161,31 @@ class DetectionDataset(Dataset[Sample]):
         """Whether pictures are resized as soon as they are read, so that this is all there is to read of them."""
         return self.augmentation is None and self.resize != "float_bilinear"
 
-    def keep_pictures(self, limit: int, *, min_sizes: Sequence[int], folder: Path | None = None) -> PictureCache:
-        """From now on keep what is read (`datasets.cache`), at most `limit` bytes, for steps of these short sides.
+    @property
+    def decodes_coarsely(self) -> bool:
+        """Whether a picture may be read at a part of its size."""
+        return self.scaled_decode and self.resizes_first and self.resize == "area"
+
+    def keep_pictures(
+        self, limit: int, *, min_sizes: Sequence[int], folder: Path | None = None, shared: str | None = None
+    ) -> PictureCache:
+        """From now on keep what is read (`datasets.cache`), at most `limit` bytes, for steps of these short sides: resized, or
+        whole, if something comes before resizing or that is less than the picture at all its sizes.
 
         Raises:
             OSError: the disk has no room.
         """
-        sizes = {AS_READ: self.coco.sizes}
-        if self.resizes_first:
-            sizes = {
-                side: np.array(
-                    [
-                        resized_size((h, w), min_size=side, max_size=self.max_size, resize=self.resize)
-                        for h, w in self.coco.sizes.tolist()
-                    ]
-                )
-                for side in dict.fromkeys(min_sizes)
-            }
-        self.cache = PictureCache(sizes, limit, folder=folder)
+        sizes = {}
+        for side in dict.fromkeys(min_sizes):
+            resized = [
+                resized_size((h, w), min_size=side, max_size=self.max_size, resize=self.resize)
+                for h, w in self.coco.sizes.tolist()
+            ]
+            sizes[side] = np.array(resized, np.int64).reshape(-1, 2)
+        whole = self.coco.sizes.astype(np.int64)
+        of_all_sizes = sum(int(s.prod(axis=1).sum()) for s in sizes.values())
+        self.keeps_whole = not self.resizes_first or int(whole.prod(axis=1).sum()) < of_all_sizes
+        self.cache = PictureCache({AS_READ: whole} if self.keeps_whole else sizes, limit, folder=folder, shared=shared)
         return self.cache
 
 

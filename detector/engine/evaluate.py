@@ -104,13 +104,17 @@ def detect(
     return CocoResults.concatenate(everyones), [i for part in distributed.gather(lost) for i in part]
 
 
+def eval_batch_size(config: Config) -> int:
+    """Pictures that are looked at together."""
+    micro_batch = config.train.micro_batch if config.train.micro_batch != "auto" else None
+    return config.eval.batch_size or micro_batch or config.train.batch_size
+
+
 def eval_keys(coco: CocoDataset, config: Config, indices: Sequence[int] | None = None) -> list[list[SampleKey]]:
     """The samples of an evaluation, or of some of its images, in batches of one padded shape."""
-    micro_batch = config.train.micro_batch if config.train.micro_batch != "auto" else None
-    batch_size = config.eval.batch_size or micro_batch or config.train.batch_size
     batches = eval_batches(
         coco.sizes,
-        batch_size,
+        eval_batch_size(config),
         min_size=config.data.eval_size,
         max_size=config.data.max_size,
         pad=config.model.pad,

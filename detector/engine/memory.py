@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import socket
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -10,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from detector.config import ConfigError, DataConfig
+from detector.config import Config, ConfigError, DataConfig
 from detector.datasets.loader import DetectionDataset, padded_rows
 from detector.datasets.sampling import StepPlanner, TrainSampler
 from detector.engine import distributed
 from detector.engine.errors import RunError
+from detector.engine.evaluate import eval_batch_size
 from detector.engine.optim import autocast
 from detector.engine.run import Run
 from detector.structures import Targets
@@ -25,7 +28,7 @@ SPARE = 0.1
 """Share of the free memory that a step is not to use: what evaluation, pictures and fragments take."""
 
 
-def resolved_micro_batch(run: Run, planner: StepPlanner, most_objects: int) -> int | None:
+def resolved_micro_batch(run: Run, planner: StepPlanner, dataset: DetectionDataset) -> int | None:
     """Pictures of a forward pass; `train.micro_batch: auto` is answered by trying (a resumed run remembers).
 
     Tried is the largest canvas that a step can have, with as many objects in every picture as the fullest has, before
@@ -34,22 +37,32 @@ def resolved_micro_batch(run: Run, planner: StepPlanner, most_objects: int) -> i
     Args:
         run: about to begin.
         planner: of its steps.
-        most_objects: in any picture.
+        dataset: of its pictures, with its cache.
 
     Raises:
         RunError: not even one picture fits.
+        ConfigError: processes that wait for each other in every forward pass cannot try alone.
     """
     wanted = run.config.train.micro_batch
     if wanted != "auto":
         return wanted
-    share = -(-run.config.train.batch_size // distributed.world_size())
+    world, norm = distributed.world_size(), run.config.model.norm
+    if norm == "sync_bn" and world > 1:
+        raise ConfigError(
+            f"train.micro_batch must be a number with model.norm sync_bn in {world} processes, got auto: they exchange statistics in "
+            "every pass, so none can try what it holds"
+        )
+    share = -(-run.config.train.batch_size // world)
     canvas = planner.largest_canvas()
     if run.state.micro_batch is None:
-        run.model.eval()  # so that no running statistics move; it takes as much
-        try:
-            fits, why = _largest_that_fits(run, canvas, padded_rows(most_objects), share)
-        finally:
-            run.model.train()
+        objects = padded_rows(int(dataset.coco.num_objects.max(initial=0)))
+        to_come = 0  # what the cache will fill
+        if dataset.cache is not None and run.config.data.cache_folder is None:
+            to_come = dataset.cache.num_bytes
+        statistics = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+        fits, why = _largest_that_fits(run, canvas, objects, share, to_come)
+        for name, buffer in run.model.named_buffers():
+            buffer.copy_(statistics[name])
         run.state.micro_batch = min(distributed.gather(fits))
         run.log.info(f"train.micro_batch auto, with pictures of {canvas[0]} x {canvas[1]}: {why}")
     found = run.state.micro_batch
@@ -58,15 +71,15 @@ def resolved_micro_batch(run: Run, planner: StepPlanner, most_objects: int) -> i
     parts = -(-share // found)
     if parts > 1:
         run.log.info(f"so a step's {share} pictures go through the network in {parts} parts; the update is that of all")
-        if run.config.model.norm in ("bn", "sync_bn"):
+        if norm in ("bn", "sync_bn"):
             run.log.warn(
-                f"model.norm {run.config.model.norm} takes its statistics of {-(-share // parts)} pictures at once, not {share}"
+                f"model.norm {norm} takes its statistics of {-(-share // parts)} pictures at once, not {share}"
             )
     return found
 
 
-def _largest_that_fits(run: Run, canvas: tuple[int, int], objects: int, share: int) -> tuple[int, str]:
-    """How many pictures, 0 to `share`, and the figures."""
+def _largest_that_fits(run: Run, canvas: tuple[int, int], objects: int, share: int, to_come: int) -> tuple[int, str]:
+    """How many pictures, 0 to `share`, and the figures. `to_come`: bytes of main memory that others will take."""
     trained = 4 * sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     # What the first real step adds and keeps: the optimizer's averages, and DDP's buckets of gradients.
     later = trained * ({"sgd": 1, "adamw": 2}[run.config.optim.name] + (distributed.world_size() > 1))
@@ -90,17 +103,18 @@ def _largest_that_fits(run: Run, canvas: tuple[int, int], objects: int, share: i
         del kept
         torch.cuda.empty_cache()
         return count, f"{count} at once take {peak / 1e9:.1f} of {total / 1e9:.1f} GB" if count else "none fits"
-    free_bytes = free_memory()
-    if free_bytes is None:
+    there_is = free_memory()
+    if there_is is None:
         return share, f"this system does not say how much memory is free, so all {share} go at once"
-    free_bytes //= distributed.world_size()
-    # No error to catch here: a process that asks for too much is ended. So from what one and two take.
-    one = peak_of(partial(_try, run, canvas, objects, 1), run.device)
-    more = peak_of(partial(_try, run, canvas, objects, 2), run.device) - one if share > 1 else 0
-    usable = (1 - SPARE) * free_bytes - later
-    count = min(share, 1 + int((usable - one) / max(1, more))) if usable > one else 0
+    free = (there_is - to_come) // distributed.world_size()
+    usable = (1 - SPARE) * free - later
+    # No error to catch here: a process that asks for too much is ended. So from what one and, if they surely fit, two take.
+    one = more = peak_of(partial(_try, run, canvas, objects, 1), run.device)
+    if share > 1 and 2 * one <= usable:
+        more = peak_of(partial(_try, run, canvas, objects, 2), run.device) - one
+    count = min(share, 1 + int((usable - one) / max(1, more))) if one <= usable else 0
     return count, (
-        f"the first takes {one / 1e9:.2f} GB, each further one {more / 1e9:.2f}, {free_bytes / 1e9:.1f} are free: {count} at once"
+        f"the first takes {one / 1e9:.2f} GB, each further one {more / 1e9:.2f}, {free / 1e9:.1f} are free: {count} at once"
     )
 
 
@@ -134,63 +148,103 @@ def out_of_memory(run: Run, sampler: TrainSampler) -> RunError:
 def too_little(run: Run, canvas: tuple[int, int], at_once: int, *, step: int) -> RunError:
     """The error of a step that does not fit, with the settings that help this run."""
     there = f" of {torch.cuda.mem_get_info(run.device)[1] / 1e9:.0f} GB" if run.device.type == "cuda" else ""
-    help_ = [f"data.min_size below {max(run.config.data.train_sizes)}"]
+    resumable, others = [], [f"data.min_size below {max(run.config.data.train_sizes)}"]
     if at_once > 1:
         bn = " (norm bn then sees fewer pictures at once)" if run.config.model.norm == "bn" else ""
-        help_.insert(0, f"train.micro_batch={at_once // 2} or auto, which does the same step in smaller parts{bn}")
+        resumable.append(f"train.micro_batch={at_once // 2}, which does the same step in smaller parts{bn}")
     if run.config.model.norm in ("frozen_bn", "gn") and not run.config.train.checkpoint_activations:
-        help_.append("train.checkpoint_activations=true")
+        resumable.append("train.checkpoint_activations=true")
     if run.precision == "fp32":
-        help_.append("train.precision=bf16")
-    resume = "; --resume auto goes on from the last checkpoint" if step else ""
+        others.append("train.precision=bf16")
+    if step and resumable:
+        settings = f"{', or '.join(resumable)}, with --resume auto; or in a new run {', or '.join(others)}"
+    else:
+        settings = ", or ".join([*resumable, *others])
     return RunError(
         f"the memory{there} must hold {at_once} picture{'s' * (at_once > 1)} of {canvas[0]} x {canvas[1]} pixels at once in step "
-        f"{step + 1}, and does not; set {', or '.join(help_)}{resume}"
+        f"{step + 1}, and does not; set {settings}"
+    )
+
+
+def too_large_evaluation(config: Config) -> RunError:
+    """The error of an evaluation that does not fit."""
+    at_once = eval_batch_size(config)
+    return RunError(
+        f"the memory must hold {at_once} pictures at once in evaluation, and does not; set eval.batch_size={max(1, at_once // 2)}, with "
+        "--resume auto, which begins with this evaluation"
     )
 
 
 def keep_pictures(dataset: DetectionDataset, settings: DataConfig) -> str:
-    """Give a dataset the cache that the settings ask for; returns what it holds, in words.
+    """Give a dataset the cache that the settings ask for, one for all processes of a machine; returns what it holds, in words.
 
     Raises:
         ConfigError: there is no room for it.
     """
-    wanted = int(settings.cache_gb * 1e9 / distributed.world_size())
-    folder = None if settings.cache_folder is None else Path(settings.cache_folder)
-    where = "memory" if folder is None else str(folder)
-    try:
-        cache = dataset.keep_pictures(wanted, min_sizes=settings.train_sizes, folder=folder)
-    except OSError as error:
-        raise ConfigError(
-            f"data.cache_gb must fit into data.cache_folder {where}, got {settings.cache_gb:g}: {error.strerror}; set less, or another "
-            "folder"
-        ) from None
-    free = free_memory()
-    if folder is None and free is not None and cache.num_bytes > free:
-        raise ConfigError(
-            f"data.cache_gb must leave room for the network, got {settings.cache_gb:g} of {free / 1e9:.1f} GB of free memory; set "
-            "less, or data.cache_folder to keep them on a disk"
-        )
-    what = "resized" if dataset.resizes_first else "decoded"
+    node, first = socket.gethostname(), int(os.environ.get("LOCAL_RANK", "0")) == 0
+    path, mistake = None, ""
+    if first:
+        try:
+            path, mistake = _make_cache(dataset, settings)
+        except OSError as error:
+            where = "memory" if settings.cache_folder is None else settings.cache_folder
+            mistake = (
+                f"data.cache_gb must fit into data.cache_folder {where}, got {settings.cache_gb:g}: {error.strerror}; set less, or "
+                "another folder"
+            )
+    told = distributed.gather((node, first, path, mistake))
+    mistakes = [mistake for *_, mistake in told if mistake]
+    if mistakes:  # all end alike, and none waits for the others
+        raise ConfigError(mistakes[0])
+    if not first:
+        shared = next((path for host, is_first, path, _ in told if host == node and is_first), None)
+        _make_cache(dataset, settings, shared=shared)
+    cache = dataset.cache
+    assert cache is not None
+    what = "decoded" if dataset.keeps_whole else "resized"
     return (
-        f"data.cache_gb: {cache.num_bytes / 1e9:.2f} GB of {where} keep {cache.num_kept:,} of {cache.num_pictures:,} pictures, "
-        f"{what}"
+        f"data.cache_gb: {cache.num_bytes / 1e9:.2f} GB of {settings.cache_folder or 'memory'} keep {cache.num_kept:,} of "
+        f"{cache.num_pictures:,} pictures, {what}"
     )
 
 
+def _make_cache(
+    dataset: DetectionDataset, settings: DataConfig, *, shared: str | None = None
+) -> tuple[str | None, str]:
+    """By which path others find it, and what is wrong with it."""
+    folder = None if settings.cache_folder is None else Path(settings.cache_folder)
+    cache = dataset.keep_pictures(
+        int(settings.cache_gb * 1e9), min_sizes=settings.train_sizes, folder=folder, shared=shared
+    )
+    free = free_memory()
+    if folder is None and shared is None and free is not None and cache.num_bytes > (1 - SPARE) * free:
+        return None, (
+            f"data.cache_gb must leave room for the network, got {cache.num_bytes / 1e9:.1f} of {free / 1e9:.1f} GB of free memory; "
+            "set less, or data.cache_folder to keep them on a disk"
+        )
+    return cache.path, ""
+
+
 def free_memory() -> int | None:
-    """Bytes of main memory that this process may still take: of the machine, or of its container. None where unknown."""
+    """Bytes of main memory that this process may still take, of the machine or of its containers (cgroup v2); what files keep there
+    only as long as nobody needs the room counts as free. None where unknown."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
+        own = next(
+            (line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/"
+        )
     except (OSError, KeyError, ValueError):
         return None
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())  # "max" where there is none
-        free = min(free, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
+    group = Path("/sys/fs/cgroup", own.strip("/"))
+    for inside in [group, *group.parents][: len(group.parts) - 3]:  # up to /sys/fs/cgroup
+        try:
+            limit = int((inside / "memory.max").read_text())  # "max" where there is none
+            used = int((inside / "memory.current").read_text())
+            stat = dict(line.split() for line in (inside / "memory.stat").read_text().splitlines())
+            free = min(free, limit - used + int(stat["file"]) - int(stat["shmem"]))
+        except (OSError, KeyError, ValueError):
+            continue
     return free
 
 
@@ -230,4 +284,4 @@ class _Watch:
 
 
 def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

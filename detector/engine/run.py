@@ -141,6 +141,13 @@ class Run:
             self.scaler.load_state_dict(saved.scaler)
         if not (self.output_dir / "checkpoints" / "best.pt").exists():  # resumed from a file into a new folder
             saved.best_ap, saved.evaluations_since_best = -1.0, 0
+        parts = saved.config.train.micro_batch, self.config.train.micro_batch
+        if parts[0] != parts[1]:
+            statistics = " and norm bn sees other pictures together" if self.config.model.norm == "bn" else ""
+            self.log.warn(
+                f"train.micro_batch was {parts[0]}, is {parts[1]}: sums round otherwise{statistics}, so the run goes on, but not bit "
+                "for bit as it would have"
+            )
         for key, then in saved.versions.items():
             now = versions_of_everything(self.device).get(key)
             if now != then:

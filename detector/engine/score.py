@@ -9,7 +9,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from detector.coco_eval import Metrics, evaluate, ground_truth_warnings, load_results, write_results
-from detector.config import NOT_PART_OF_THE_MODEL, Config, ConfigError, SplitConfig, flatten, with_model_of
+from detector.config import (
+    NOT_PART_OF_THE_MODEL,
+    Config,
+    ConfigError,
+    SplitConfig,
+    flatten,
+    with_micro_batch,
+    with_model_of,
+)
 from detector.datasets.coco import CocoDataset, read_coco
 from detector.engine import distributed
 from detector.engine.checkpoint import load_checkpoint, make_folder, write_json
@@ -30,7 +38,7 @@ def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_d
         ConfigError: the config describes another model.
     """
     state = load_checkpoint(checkpoint)
-    config = with_model_of(config, state.config)
+    config = with_micro_batch(with_model_of(config, state.config), state.micro_batch)
     require_model_of(config, state.config, checkpoint)
     with distributed.process_group(config.train.device) as device:
         named = split_of(config, split)

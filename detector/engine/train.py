@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detector.config import Config, resolve_data_paths, with_model_of
+from detector.config import Config, resolve_data_paths, with_micro_batch, with_model_of
 from detector.datasets.augment import Augmentation, extreme_sizes
 from detector.datasets.coco import CocoDataset
 from detector.datasets.loader import DetectionDataset, build_loader, to_device
@@ -22,7 +22,7 @@ from detector.engine.errors import Interrupted, Stop, stop_on_signal
 from detector.engine.evaluate import prove_pipeline
 from detector.engine.interval import Interval
 from detector.engine.logger import RunLog
-from detector.engine.memory import keep_pictures, out_of_memory, resolved_micro_batch
+from detector.engine.memory import keep_pictures, out_of_memory, resolved_micro_batch, too_large_evaluation
 from detector.engine.optim import autocast, lr_factor, set_lr
 from detector.engine.preflight import data_warnings, open_datasets, sampling_factors
 from detector.engine.run import Run, finished_metrics
@@ -90,15 +90,17 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
             log.warn(line)
         if val_set is not None and start_step == 0:
             log.info(prove_pipeline(run.model, run.loss.match, val_set, config, device=device))
+        pictures = training_data(train_set, config, log)
+        micro_batch = resolved_micro_batch(run, planner, pictures)
+        run.config = with_micro_batch(run.config, micro_batch)
         sampler = TrainSampler(
-            planner, start_step, total_steps,
-            micro_batch=resolved_micro_batch(run, planner, int(train_set.num_objects.max(initial=0))),
+            planner, start_step, total_steps, micro_batch=micro_batch,
             rank=distributed.rank(), world_size=distributed.world_size(),
         )  # fmt: skip
         run.compile_if_worth_it(planner, total_steps - start_step)  # after memory was tried
         # one pool of workers for the whole run: they read ahead over the ends of epochs and evaluations
         loader = build_loader(
-            training_data(train_set, config, log),
+            pictures,
             sampler,
             num_workers=config.data.num_workers,
             pin_memory=device.type == "cuda",
@@ -120,7 +122,10 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
                 if val_set is not None and (last or (epoch + 1) % config.eval.every_epochs == 0):
                     run.state.evaluation_due = True
                     run.save()  # evaluating may take long, and a signal may not wait for its end
-                    run.evaluate(val_set, epoch + 1, stop)
+                    try:
+                        run.evaluate(val_set, epoch + 1, stop)
+                    except torch.OutOfMemoryError as error:
+                        raise too_large_evaluation(run.config) from error
                     run.state.evaluation_due = False
                 patience = config.train.early_stop_patience
                 run.state.finished = last or (patience is not None and run.state.evaluations_since_best >= patience)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from multiprocessing.context import ForkProcess, SpawnProcess
 from pathlib import Path
@@ -123,6 +124,46 @@ def test_what_another_process_puts_in_is_there(method: type[ForkProcess | SpawnP
     assert process.exitcode == 0
     assert np.array_equal(cache.get(1, 0), np.full((5, 5, 3), 9))  # type: ignore[arg-type]
     assert cache.get(0, 0) is None
+
+
+def test_another_process_of_the_machine_has_the_same_cache_by_its_path() -> None:
+    sizes = {0: np.array([[4, 6], [5, 5]])}
+    cache = PictureCache(sizes, 1000)
+    other = PictureCache(sizes, 1000, shared=cache.path)
+    other.put(1, 0, np.full((5, 5, 3), 9, np.uint8))
+    assert np.array_equal(cache.get(1, 0), np.full((5, 5, 3), 9))  # type: ignore[arg-type]
+
+
+def test_what_takes_less_room_is_kept_the_picture_or_all_its_sizes(coco: CocoDataset) -> None:
+    """So multi-scale training finds a picture in the second epoch, whatever size it is wanted at then."""
+    dataset = DetectionDataset(coco, max_size=96)
+    dataset.keep_pictures(PLENTY, min_sizes=(32, 40))
+    assert not dataset.keeps_whole
+    dataset.keep_pictures(PLENTY, min_sizes=(48, 56, 64))
+    assert dataset.keeps_whole
+
+
+@pytest.mark.parametrize("limit", [300_000, PLENTY])
+def test_kept_pictures_are_those_that_are_read_at_a_part_of_their_size(tmp_path: Path, limit: int) -> None:
+    """At the small scale they are read at half their size, at the large ones whole."""
+    annotations = write_coco(tmp_path / "train.json", 12, seed=1, sizes=[(96, 128), (160, 160)], suffix=".jpg")
+    coco = read_coco(annotations, images_of(annotations), verify="none", progress=False)
+    for min_sizes in ((40,), (40, 80, 90, 96)):
+        plain = epochs(coco, limit=0, min_sizes=min_sizes, scaled_decode=True)
+        assert_same(epochs(coco, limit=limit, min_sizes=min_sizes, scaled_decode=True), plain)
+        whole = epochs(coco, limit=0, min_sizes=min_sizes)
+        assert any(not a.images.equal(b.images) for a, b in zip(plain, whole, strict=True)), "nothing was read coarsely"
+
+
+def test_a_disk_without_locks_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the first picture, which would then pass for one that cannot be read."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.raises(OSError, match="not implemented"):
+        PictureCache({0: np.array([[4, 6]])}, 1000, folder=tmp_path)
 
 
 def test_a_disk_without_room_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

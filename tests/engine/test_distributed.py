@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -121,7 +122,8 @@ def test_two_processes_give_the_same_weights_as_one_after_20_steps(
     With fixed statistics a gentler rate: at 0.01 rounding takes a ReLU's input to its other side (see below for both at that
     rate, in double precision)."""
     config = one_epoch(tmp_path, many, **norm_settings(norm, backbone), optim__lr=lr)
-    run_in_processes(config, tmp_path / "two", tmp_path / "log")
+    run_in_processes(config, tmp_path / "two", tmp_path / "log", "data.cache_gb=0.001")
+    assert re.search(r"memory keep \d\d of 77 pictures, resized", (tmp_path / "log").read_text()), "one cache for both"
     train(load_config(config), tmp_path / "one")
     assert last_checkpoint(tmp_path / "one").step == last_checkpoint(tmp_path / "two").step == 20
     assert_same_weights(tmp_path / "one", tmp_path / "two", config)

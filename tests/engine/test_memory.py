@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from detector.config import ConfigError, load_config
-from detector.engine import memory
+from detector.engine import distributed, memory
 from detector.engine.errors import RunError
+from detector.engine.evaluate import eval_batch_size
+from detector.engine.score import score_checkpoint
 from detector.engine.train import train
+from detector.losses import RetinaNetLoss
 from detector.models import build_model
 from tests.engine.conftest import Run
 from tests.tiny import TinyData, differing, last_checkpoint, records, tiny_config
@@ -43,7 +46,7 @@ def test_with_little_memory_a_step_is_done_in_parts(
     def peak_of(work: Any, device: torch.device) -> int:
         asked.append(work.args[-1])
         work()
-        return {1: 300, 2: 500}[work.args[-1]]
+        return {1: 240, 2: 480}[work.args[-1]]
 
     monkeypatch.setattr(memory, "peak_of", peak_of)
     weights = 4 * sum(p.numel() for p in build_model(config.model, 3).parameters() if p.requires_grad)
@@ -65,7 +68,145 @@ def test_a_resumed_run_keeps_to_what_was_found(data: TinyData, tmp_path: Path, m
     config = tiny_config(tmp_path, data, **SHORT, train__micro_batch="auto")
     run: Any = SimpleNamespace(config=config, state=SimpleNamespace(micro_batch=3), log=SimpleNamespace(info=print))
     planner: Any = SimpleNamespace(largest_canvas=lambda: (96, 96))
-    assert memory.resolved_micro_batch(run, planner, 3) == 3
+    dataset: Any = None
+    assert memory.resolved_micro_batch(run, planner, dataset) == 3
+
+
+def test_two_pictures_are_not_tried_where_one_nearly_fills_the_memory(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that asked for both would be ended by the system."""
+    config = tiny_config(tmp_path, data, **SHORT, train__micro_batch="auto")
+    asked = []
+
+    def peak_of(work: Any, _: torch.device) -> int:
+        asked.append(work.args[-1])
+        return 300
+
+    monkeypatch.setattr(memory, "peak_of", peak_of)
+    weights = 4 * sum(p.numel() for p in build_model(config.model, 3).parameters() if p.requires_grad)
+    monkeypatch.setattr(memory, "free_memory", lambda: int((weights + 590) / (1 - memory.SPARE)) + 1)
+    train(config, tmp_path / "out")
+    assert asked == [1]
+    assert last_checkpoint(tmp_path / "out").micro_batch == 1
+
+
+def test_it_is_tried_as_it_is_trained_and_moves_no_statistics(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms with fixed statistics are folded in bf16 and keep nothing for their gradient, so eval() would take less."""
+    config = tiny_config(tmp_path, data, **SHORT, model__norm="bn", train__precision="bf16", train__micro_batch="auto")
+    modes, statistics, real = [], [], memory._try
+
+    def tried(run: Any, *arguments: Any) -> None:
+        modes.append(run.model.backbone.bn1.training)
+        real(run, *arguments)
+        statistics.append((run, run.model.backbone.bn1.num_batches_tracked.item()))
+
+    def first_step(run: Any, *_: Any) -> None:
+        assert run.model.backbone.bn1.num_batches_tracked.item() == 0
+        assert run.model.backbone.bn1.running_mean.abs().max() == 0
+        assert all(p.grad is None for p in run.model.parameters())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "_try", tried)
+    monkeypatch.setattr("detector.engine.train.train_one_epoch", first_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "out")
+    assert modes == [True, True]
+    assert [count for _, count in statistics] == [1, 2], "or else there was nothing to put back"
+
+
+def test_the_pictures_to_be_kept_count_as_taken(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path, data, **SHORT, train__micro_batch="auto", data__cache_gb=0.01)
+    monkeypatch.setattr(memory, "peak_of", lambda *_: 100_000)
+    weights = 4 * sum(p.numel() for p in build_model(config.model, 3).parameters() if p.requires_grad)
+    monkeypatch.setattr(memory, "free_memory", lambda: int((weights + 100_000) / (1 - memory.SPARE)) + 100_000)
+    with pytest.raises(RunError, match="1 picture of 96 x 96 pixels"):
+        train(config, tmp_path / "out")
+    train(tiny_config(tmp_path, data, **SHORT, train__micro_batch="auto"), tmp_path / "without")
+
+
+def test_statistics_that_are_exchanged_cannot_be_tried_alone(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path, data, **SHORT, train__micro_batch="auto", model__norm="sync_bn")
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    run: Any = SimpleNamespace(config=config)
+    nothing: Any = None
+    with pytest.raises(
+        ConfigError, match=r"train\.micro_batch must be a number with model\.norm sync_bn in 2 processes"
+    ):
+        memory.resolved_micro_batch(run, nothing, nothing)
+
+
+def test_evaluation_takes_no_more_pictures_at_once_than_training(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_largest_that_fits", lambda *_: (2, "so it is said"))
+    asked = []
+
+    def full(_: Any, __: Any, config: Any, **___: Any) -> Any:
+        asked.append(eval_batch_size(config))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("detector.engine.run.evaluate_model", full)
+    config = tiny_config(tmp_path, data, train__epochs=1, train__micro_batch="auto")
+    with pytest.raises(
+        RunError, match=r"2 pictures at once in evaluation, and does not; set eval\.batch_size=1, with --resume"
+    ):
+        train(config, tmp_path / "out")
+    assert asked == [2]
+    monkeypatch.undo()
+    train(load_config(tmp_path / "tiny.yaml", ["eval.batch_size=1"]), tmp_path / "out", resume="auto")
+    assert last_checkpoint(tmp_path / "out").finished
+    score_checkpoint(config, tmp_path / "out" / "checkpoints" / "best.pt", split="val", output_dir=tmp_path / "scored")
+
+
+def test_a_run_may_go_on_in_smaller_parts_and_says_so(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the message about too little memory says."""
+    forward, steps = RetinaNetLoss.forward, []
+
+    def full(*arguments: Any, **named: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(RetinaNetLoss, "forward", full)
+    config = tiny_config(tmp_path, data, **SHORT, train__checkpoint_every_steps=1)
+    with pytest.raises(
+        RunError, match=r"in step 3, .*set train\.micro_batch=2, .*with --resume auto; or in a new run data\.min_size"
+    ):
+        train(config, tmp_path / "out")
+    train(load_config(tmp_path / "tiny.yaml", ["train.micro_batch=1"]), tmp_path / "out", resume="auto")
+    said = capsys.readouterr()
+    assert "train.micro_batch was None, is 1: sums round otherwise" in said.out + said.err
+    assert last_checkpoint(tmp_path / "out").finished
+
+
+@pytest.mark.parametrize("limits", [("max", "max"), ("1000", "max"), ("max", "1000")])
+def test_free_memory_is_that_of_the_container_without_what_files_keep_there(
+    limits: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Limits of a group and of the one above it; 900 of 1000 are taken, 500 of them by files, of which 100 are shared memory."""
+    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8 kB\n", "/proc/self/cgroup": "0::/outer/inner\n"}
+    for limit, group in zip(limits, ("/outer/inner", "/outer"), strict=True):
+        files[f"/sys/fs/cgroup{group}/memory.max"] = f"{limit}\n"
+        files[f"/sys/fs/cgroup{group}/memory.current"] = "900\n"
+        files[f"/sys/fs/cgroup{group}/memory.stat"] = "anon 400\nfile 500\nshmem 100\n"
+
+    def read_text(path: Path) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert memory.free_memory() == (500 if "1000" in limits else 8192)
 
 
 def test_a_picture_that_does_not_fit_alone_is_told_before_the_first_step(
@@ -74,7 +215,8 @@ def test_a_picture_that_does_not_fit_alone_is_told_before_the_first_step(
     monkeypatch.setattr(memory, "free_memory", lambda: 1000)
     config = tiny_config(tmp_path, data, **SHORT, train__micro_batch="auto")
     with pytest.raises(
-        RunError, match=r"1 picture of 96 x 96 pixels at once in step 1, and does not; set data.min_size below 64"
+        RunError,
+        match=r"1 picture of 96 x 96 pixels at once in step 1, and does not; set train.checkpoint_activations=true",
     ):
         train(config, tmp_path / "out")
     assert not (tmp_path / "out" / "config.yaml").exists()
@@ -90,7 +232,7 @@ def test_a_cache_that_leaves_no_room_is_refused(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda: 1000)
-    with pytest.raises(ConfigError, match=r"data\.cache_gb must leave room for the network, got 0.01 of 0.0 GB"):
+    with pytest.raises(ConfigError, match=r"data\.cache_gb must leave room for the network, got 0.0 of 0.0 GB"):
         train(tiny_config(tmp_path, data, **SHORT, data__cache_gb=0.01), tmp_path / "out")
     with pytest.raises(ConfigError, match=r"data\.cache_gb must fit into data\.cache_folder .*nowhere.*No such file"):
         train(

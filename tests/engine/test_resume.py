@@ -247,7 +247,7 @@ def test_an_existing_run_is_not_overwritten(whole: Run) -> None:
         ("train.epochs=3", "train.epochs: 2 in the checkpoint, 3 in the config"),
         ("train.ema=null", "train.ema.decay: 0.9 in the checkpoint, None in the config"),
         ("data.augment=[]", "data.augment"),
-        ("train.micro_batch=null", "train.micro_batch: 2 in the checkpoint, None in the config"),
+        ("train.batch_size=2", "train.batch_size: 4 in the checkpoint, 2 in the config"),
         ("data.test={images: a, annotations: b}", "data.test.images: None in the checkpoint"),
     ],
 )

@@ -35,7 +35,8 @@ from detector.models import backbone, fpn
 from tools.train import main as train
 
 SETTINGS = (
-    "train.precision=fp32", "train.channels_last=false", "train.compile=false", "data.scaled_decode=false", "data.cache_gb=0",
+    "train.precision=fp32", "train.channels_last=false", "train.compile=false", "data.scaled_decode=false", "data.cache_gb=0", "data.cache_folder=null",
+    "data.num_workers=0",  # processes of their own might not know what is replaced
 )  # fmt: skip
 
 
