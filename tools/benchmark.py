@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--precision", choices=["all", "fp32", "bf16", "fp16"], default="all")
     parser.add_argument("--compile", choices=["auto", "yes", "no"], default="auto", help="auto: on a GPU")
+    parser.add_argument("--checkpoint-activations", action="store_true", help="ours: train.checkpoint_activations")
     parser.add_argument("--images", type=int, default=5000, help="of eval and open; at most, of feed")
     parser.add_argument("--workers", type=int, default=2, help="of loader and feed")
     parser.add_argument("--picture", type=size, default=(480, 640), metavar="HxW", help="files of loader and feed")
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     options = Options(
         device, backbone=arguments.backbone, precision=arguments.precision,
         compiled={"auto": None, "yes": True, "no": False}[arguments.compile], repeats=arguments.repeats,
-        peer=not arguments.no_peer, trace=arguments.trace,
+        checkpoint_activations=arguments.checkpoint_activations, peer=not arguments.no_peer, trace=arguments.trace,
         images=arguments.images, workers=arguments.workers, picture=arguments.picture,
     )  # fmt: skip
     facts, rows = machine(device), []

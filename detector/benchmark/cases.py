@@ -65,6 +65,7 @@ class Options:
     precision: Literal["all"] | Precision = "all"
     compiled: bool | None = None
     """None: as training does it on this device."""
+    checkpoint_activations: bool = False
     repeats: int = 7
     warmup: int = 2
     peer: bool = True
@@ -135,11 +136,13 @@ def train(options: Options) -> list[Row]:
     cuda = device.type == "cuda"
     wanted = _precisions(options)
     compiled = cuda if options.compiled is None else options.compiled
+    again = ", activations computed again" if options.checkpoint_activations else ""
     rows = []
     peaks = {}
     for precision in wanted:
         ours, theirs = _pair(options, x)
         ours.train()
+        ours.backbone.checkpointing = options.checkpoint_activations
         theirs.train()
         step = OurStep(ours, options, precision, compiled=compiled)
         peer = TheirStep(theirs, options, precision)
@@ -156,7 +159,7 @@ def train(options: Options) -> list[Row]:
             peaks[precision] = machine_peak(device, DTYPES[precision])
         rows.append(
             {
-                "case": "train", "row": f"{precision}{', compiled' if compiled else ''}", **_shape(options), **facts,
+                "case": "train", "row": f"{precision}{', compiled' if compiled else ''}{again}", **_shape(options), **facts,
                 "first_step_seconds": first, "slowest": _profiled(options, ways["ours"], f"train_{precision}"),
                 **_figures(measured, images=options.batch, operations=operations, peak=peaks[precision]),
             }
