@@ -52,7 +52,11 @@ def assert_same(ours: list[Batch], wanted: list[Batch]) -> None:
         assert one.original_sizes.equal(other.original_sizes)
 
 
-@pytest.mark.parametrize("settings", [{}, {"augmentation": FLIP}, {"resize": "float_bilinear"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"augmentation": FLIP}, {"resize": "float_bilinear"}],
+    ids=["resized", "augmented", "on the device"],
+)
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("limit", [1, 60_000, PLENTY])
 def test_kept_pictures_are_those_that_would_be_read(
