@@ -52,7 +52,14 @@ def test_a_ratio_within_the_noise_is_no_difference() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param("train", marks=pytest.mark.slow), "infer", "loss", "match", "postprocess", "feed"]
+    "case",
+    [
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("train", "feed")),
+        "infer",
+        "loss",
+        "match",
+        "postprocess",
+    ],
 )
 def test_every_case_ends_with_a_ratio_and_raw_figures(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -128,7 +128,9 @@ def converted(model: nn.Module, folder: Path, *options: str) -> Path:
     return destination
 
 
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "frozen" else name for name in BUILDS]
+)
 def test_converted_networks_find_what_torchvision_finds(name: str, tmp_path: Path) -> None:
     paths = pictures(tmp_path / "in")
     model = scrambled(BUILDS[name]())
