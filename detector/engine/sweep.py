@@ -468,7 +468,7 @@ class _Sweep:
 
     def _share_done(self) -> float:
         """Of all runs, those that are finished, given up, or so far done."""
-        done = sum(job.share for job in self.jobs)
+        done = sum(min(job.share, 0.99) for job in self.jobs)  # its last picture is not its end
         for frozen in self._frozen():
             over = frozen.state.is_finished()
             done += len(self.units) if over else sum(unit.name in frozen.user_attrs for unit in self.units)
@@ -482,7 +482,8 @@ class _Sweep:
         return f"eta {duration(elapsed * (1 - share) / (share - self.done_before))}"
 
     def _say(self, text: str) -> None:
-        self.console.print(f"[{self._share_done():.0%}, {self._eta()}] {text}", markup=False)
+        percent = math.floor(100 * self._share_done())  # 100 when all is done, not a little before
+        self.console.print(f"[{percent}%, {self._eta()}] {text}", markup=False)
 
     # -- the end
 
