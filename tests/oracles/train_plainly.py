@@ -55,7 +55,7 @@ def autograd_focal_loss(
 ) -> Tensor:
     """In place of `losses.dense.dense_focal_loss`."""
     if isinstance(alpha, Tensor) or negative_weight is not None:
-        raise NotImplementedError("torchvision's focal loss has one alpha for all classes")
+        raise ValueError("torchvision's focal loss has one alpha for all classes")
     one_hot = F.one_hot(labels.clamp(min=0), logits.shape[-1]) * (labels >= 0)[..., None]
     each = sigmoid_focal_loss(logits.float(), one_hot.float(), alpha=-1 if alpha is None else alpha, gamma=gamma)
     total: Tensor = (each * (labels >= -1)[..., None]).sum(dim=(1, 2))
