@@ -12,6 +12,9 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 from detector.boxes import decode
 from detector.structures import Detections, HeadOutputs
 
+BLOCK = 1024
+"""Entries of a level looked at together on a CPU."""
+
 
 @torch.no_grad()
 def postprocess(
@@ -190,14 +193,30 @@ def _clipped(
 
 def _best_candidates(logits: Tensor, score_thresh: float, topk: int) -> tuple[Tensor, Tensor]:
     """Scores and flat positions of the best entries of (A, K) logits that score above the threshold, best first."""
-    flat = logits.float().flatten()
+    flat = logits.flatten()
     # The threshold is applied to the logits first, a hair low, so that few entries need a sigmoid.
-    entry = torch.nonzero(flat > _logit(score_thresh) - 1e-4).squeeze(1)
-    score = torch.sigmoid(flat[entry])
+    entry = _above(flat, _logit(score_thresh) - 1e-4)
+    score = torch.sigmoid(flat[entry].float())
     above = score > score_thresh
     entry, score = entry[above], score[above]
     score, order = score.topk(min(topk, len(score)))
     return score, entry[order]
+
+
+def _above(flat: Tensor, threshold: float) -> Tensor:
+    """Positions of the entries above a threshold, in order.
+
+    Blocks are looked at first, of which few hold any: on a CPU their maxima take a tenth of the time that comparing and
+    listing every entry does.
+    """
+    whole = len(flat) // BLOCK * BLOCK
+    blocks = flat[:whole].view(-1, BLOCK)
+    hot = torch.nonzero(~(blocks.amax(dim=1).float() <= threshold)).squeeze(1)  # a NaN hides none of its neighbours
+    if len(hot) > len(blocks) / 4:
+        return torch.nonzero(flat.float() > threshold).squeeze(1)
+    block, place = torch.nonzero(blocks[hot].float() > threshold).unbind(1)
+    rest = torch.nonzero(flat[whole:].float() > threshold).squeeze(1)
+    return torch.cat([hot[block] * BLOCK + place, rest + whole])
 
 
 def _logit(p: float) -> float:

@@ -19,7 +19,7 @@ from detector.anchors import pyramid_grids
 from detector.boxes import pairwise_iou
 from detector.config import ModelConfig
 from detector.models import build_anchors
-from detector.postprocess import _best_candidates, as_detections, best_of_batch, postprocess
+from detector.postprocess import _above, _best_candidates, as_detections, best_of_batch, postprocess
 from detector.structures import Detections, HeadOutputs
 
 SETTINGS: dict[str, Any] = {
@@ -93,6 +93,19 @@ def test_candidates_are_the_best_scores_above_the_threshold(
     left[entries] = False
     enough = scores.min() if len(scores) == topk else torch.tensor(threshold)
     assert bool((everyone[left] <= enough * (1 + bit)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [0, 5, 16, 1000, 1003])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
+def test_entries_above_a_threshold_are_found_by_blocks(
+    dtype: torch.dtype, length: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detector.postprocess.BLOCK", 8)
+    random = torch.Generator().manual_seed(0)
+    flat = torch.where(torch.rand(length, generator=random) < share, 1.0, -3.0).to(dtype)
+    flat[::100], flat[1::200] = float("nan"), 1.0  # is above nothing, and hides no neighbour
+    assert _above(flat, 0.1).tolist() == [i for i, x in enumerate(flat.tolist()) if x > 0.1]
 
 
 @pytest.mark.parametrize(("threshold", "count"), [(0.0, 3), (0.5, 1), (1.0, 0)])

@@ -90,44 +90,50 @@ class ClassLoss:
         """Whether it is a mean over entries or anchors already, so that the number of images divides it rather than that of
         the positives."""
 
-    def __call__(self, outputs: HeadOutputs, labels: Tensor, quality: Tensor | None) -> Tensor:
-        """Sums per image.
+    def __call__(
+        self, outputs: HeadOutputs, labels: Tensor, quality: Tensor | None, scale: Tensor | None = None
+    ) -> Tensor:
+        """Sums per image, or means where `is_mean`, times `scale`.
 
         Args:
             outputs: of the network.
             labels: (B, A): a class, -1 for background, below -1 for ignored.
             quality: (B, A) overlap of each positive anchor's box with its object; only where `needs_quality`.
+            scale: (B,); ones if not given.
 
         Returns:
             (B,) fp32.
         """
+        scale = torch.ones(len(labels), device=labels.device) if scale is None else scale
         sizes = [logits.shape[1] for logits in outputs.cls_logits]
         if self.kind == "ghm":
-            return self._harmonised(outputs, labels)
+            return self._harmonised(outputs, labels) * scale
         if self.kind in ("ohem", "bootstrap"):
             labels = self._choose(outputs, labels)
+            scale = scale / (labels >= -1).sum(dim=1).clamp(min=1)
         qualities = torch.split(quality, sizes, dim=1) if quality is not None else [None] * len(sizes)
-        sums = torch.stack(
+        return torch.stack(
             [
-                self.level(logits, level, q)
+                self.level(logits, level, q, scale)
                 for logits, level, q in zip(
                     outputs.cls_logits, torch.split(labels, sizes, dim=1), qualities, strict=True
                 )
             ]
         ).sum(dim=0)
-        return sums / (labels >= -1).sum(dim=1).clamp(min=1) if self.is_mean else sums
 
     @property
     def needs_quality(self) -> bool:
         """Whether it asks how well boxes fit."""
         return self.kind in ("quality_focal", "varifocal")
 
-    def level(self, logits: Tensor, labels: Tensor, quality: Tensor | None = None) -> Tensor:
-        """Sums per image (B,) of some of the anchors: (B, A, C) logits, (B, A) labels, (B, A) qualities."""
+    def level(self, logits: Tensor, labels: Tensor, quality: Tensor | None, scale: Tensor) -> Tensor:
+        """Sums per image (B,), times `scale` (B,), of some of the anchors: (B, A, C) logits, (B, A) labels, (B, A) qualities."""
         if self.activation == "sigmoid" and self.gamma_family:
             alpha = self.alpha.to(logits.device) if isinstance(self.alpha, Tensor) else self.alpha
-            return dense_focal_loss(logits, labels, alpha=alpha, gamma=self.gamma, negative_weight=self.negative_weight)
-        return dense_loss(self.each, logits, labels, quality)
+            return dense_focal_loss(
+                logits, labels, alpha=alpha, gamma=self.gamma, negative_weight=self.negative_weight, scale=scale
+            )
+        return dense_loss(self.each, logits, labels, quality) * scale
 
     @property
     def gamma_family(self) -> bool:

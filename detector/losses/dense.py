@@ -20,6 +20,9 @@ from detector.losses.focal import power
 CHUNK = 1 << 18
 """Logits looked at together on a CPU: 1 MiB of fp32, which stays in the cache between the dozen passes over it."""
 
+LARGEST = 80.0
+"""Logits up to which an exponential fits into fp32."""
+
 AnchorLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(n, C) logits in fp32, (n,) labels of -1 and more, (n,) qualities of their boxes: (n,) losses."""
 
@@ -96,8 +99,10 @@ def _kept_gradient(ctx: Any, grad_sums: Tensor) -> Tensor:
     if ctx.grad is None:
         raise RuntimeError("a dense loss keeps one gradient buffer and can be differentiated once, got twice")
     grad, ctx.grad = ctx.grad, None
-    scaled: Tensor = grad.mul_(grad_sums[:, None, None]).to(ctx.dtype)
-    return scaled
+    if not (grad_sums == 1).all():
+        grad.mul_(grad_sums[:, None, None])
+    result: Tensor = grad.to(ctx.dtype)
+    return result
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
@@ -115,6 +120,7 @@ def dense_focal_loss(
     alpha: float | Tensor | None = 0.25,
     gamma: float = 2.0,
     negative_weight: float | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The focal loss of a dense head, summed per image, without ever building one-hot targets.
 
@@ -123,6 +129,7 @@ def dense_focal_loss(
         labels: (B, A) int64: a class 0..K-1, -1 for background (negative for every class), below -1 for ignored
             (counts for nothing).
         alpha, gamma, negative_weight: as in `sigmoid_focal_loss`.
+        scale: (B,) what each image's sum is multiplied by, which costs less here than afterwards; ones if not given.
 
     Returns:
         (B,) fp32. On a CPU the gradient is made along with the loss, in chunks, with one buffer of the logits' size;
@@ -135,9 +142,11 @@ def dense_focal_loss(
         negative_weight = 1.0 if alpha is None or isinstance(alpha, Tensor) else 1 - alpha
     positive = positive.to(logits.device, torch.float32).expand(num_classes)
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        sums: Tensor = _ChunkedFocalLoss.apply(logits, labels, positive, negative_weight, gamma)
+        scale = torch.ones(len(logits)) if scale is None else scale
+        sums: Tensor = _ChunkedFocalLoss.apply(logits, labels, positive, negative_weight, gamma, scale)
         return sums
-    return _plain_focal_loss(logits, labels, positive, negative_weight, gamma)
+    sums = _plain_focal_loss(logits, labels, positive, negative_weight, gamma)
+    return sums if scale is None else sums * scale
 
 
 def _plain_focal_loss(
@@ -161,7 +170,13 @@ class _ChunkedFocalLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, positive_weight: Tensor, negative_weight: float, gamma: float
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        positive_weight: Tensor,
+        negative_weight: float,
+        gamma: float,
+        scale: Tensor,
     ) -> Tensor:
         batch, _, num_classes = logits.shape
         sums = torch.zeros(batch)
@@ -169,34 +184,54 @@ class _ChunkedFocalLoss(torch.autograd.Function):
         kept = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         grad = torch.empty_like(logits, dtype=kept, memory_format=torch.contiguous_format)
         rows = max(1, CHUNK // num_classes)
-        for image in range(batch):
+        for image, factor in enumerate((scale * negative_weight).tolist()):
             chunks = zip(*(torch.split(t[image], rows) for t in (logits, grad, labels)), strict=True)
             for x, gradient, label in chunks:
-                loss, slope = _loss_and_slope(x.float(), gamma)
-                positive = torch.nonzero(label >= 0).squeeze(1)
-                loss[positive, label[positive]] = 0.0
-                weight = (label >= -1).float() * negative_weight
-                sums[image] += loss.sum(dim=1).dot(weight)
-                gradient.copy_(slope.mul_(weight[:, None]))
+                weight, log_term, slope = _negatives(x.float(), gamma)
+                positive, ignored = torch.nonzero(label >= 0).squeeze(1), torch.nonzero(label < -1).squeeze(1)
+                log_term[positive, label[positive]] = 0.0
+                weight[ignored] = log_term[ignored] = slope[ignored] = 0.0
+                sums[image] += torch.dot(weight.flatten(), log_term.flatten()) * factor
+                torch.mul(slope, factor, out=gradient)
         images, anchors = torch.nonzero(labels >= 0, as_tuple=True)
         classes = labels[images, anchors]
         entry = (images, anchors, classes)
-        loss, slope = _loss_and_slope(-logits[entry].float(), gamma)
-        sums.index_add_(0, images, positive_weight[classes] * loss)
-        grad[entry] = (-positive_weight[classes] * slope).to(grad.dtype)
+        weight, log_term, slope = _of_any_logits(-logits[entry].float(), gamma)
+        factors = positive_weight[classes] * scale[images]
+        sums.index_add_(0, images, factors * weight * log_term)
+        grad[entry] = (-factors * slope).to(grad.dtype)
         ctx.grad, ctx.dtype = grad, logits.dtype
         return sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        return _kept_gradient(ctx, grad_sums), None, None, None, None
+        return _kept_gradient(ctx, grad_sums), None, None, None, None, None
 
 
-def _loss_and_slope(x: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """The unweighted loss of a negative with logit x, and its derivative."""
+def _negatives(x: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The two factors of a negative's loss at each logit, s^g and softplus(x), and the slope of their product.
+
+    All from one exponential, e: s = e / (1 + e), and softplus(x) = log(1 + e), where what rounding took from 1 + e is
+    put back by log's slope. On a CPU that takes a third less time than sigmoid and softplus.
+    """
+    if x.numel() == 0 or x.amax() > LARGEST:
+        return _of_any_logits(x, gamma)
+    e = torch.exp(x)
+    total = e + 1
+    lost = e - (total - 1)  # exactly
+    rest = total.reciprocal()  # 1 - s
+    log_term = total.log_().addcmul_(lost, rest)
+    s = e.mul_(rest)
+    weight = power(s, gamma)
+    slope = s.addcmul(log_term, rest, value=gamma).mul_(weight)
+    return weight, log_term, slope
+
+
+def _of_any_logits(x: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`_negatives` where an exponential may be too large."""
     s = torch.sigmoid(x)
     log_term = F.softplus(x)
     weight = power(s, gamma)
     slope = torch.addcmul(s, log_term, 1 - s, value=gamma).mul_(weight)
-    return weight * log_term, slope
+    return weight, log_term, slope

@@ -86,21 +86,20 @@ class RetinaNetLoss(nn.Module):
         quality = None
         if self.class_loss.needs_quality:
             quality = overlap(decode(deltas.detach().float(), outputs.anchors), wanted)
-        cls = self.class_loss(outputs, labels, quality)
+        scale, per_image = self._scales(matches, num_pos, num_images)
+        cls = self.class_loss(outputs, labels, quality, per_image if self.class_loss.is_mean else scale)
         box = box_loss(deltas, outputs.anchors, wanted, kind=self.box, beta=self.smooth_l1_beta)
         box = torch.where(matches.matched >= 0, box, 0.0).sum(dim=1) * self.box_weight
-        scale, per_image = self._scales(matches, num_pos, num_images)
-        cls_scale = per_image if self.class_loss.is_mean else scale
-        return {"loss_cls": (cls * cls_scale).sum(), "loss_box": (box * scale).sum()}
+        return {"loss_cls": cls.sum(), "loss_box": (box * scale).sum()}
 
     def _scales(self, matches: Matches, num_pos: Tensor | None, num_images: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What each image's sum is multiplied by: under the chosen normaliser, and for the mean over images."""
+        """What each image's sum is multiplied by, (B,): under the chosen normaliser, and for the mean over images."""
         device = matches.num_pos.device
         images = torch.tensor(len(matches.num_pos)) if num_images is None else num_images
-        per_image = 1 / images.to(device).clamp(min=1).float()
+        per_image = (1 / images.to(device).clamp(min=1).float()).expand(len(matches.num_pos))
         if self.normalizer == "global":
             total = matches.num_pos.sum() if num_pos is None else num_pos
-            return 1 / total.clamp(min=1).float(), per_image
+            return (1 / total.clamp(min=1).float()).expand(len(matches.num_pos)), per_image
         return per_image / matches.num_pos.clamp(min=1).float(), per_image
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.models import resnet18
 
 from detector.config import load_config
@@ -46,8 +47,12 @@ from tests.tiny import (
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_backbone(tmp_path_factory.mktemp("weights"))
+
+
+def write_backbone(folder: Path) -> Path:
     """A ResNet-18 that nobody trained, but whose batch norms have the statistics of their inputs."""
-    path = tmp_path_factory.mktemp("weights") / "resnet18.pt"
+    path = folder / "resnet18.pt"
     torch.manual_seed(0)
     model = resnet18().train()
     for module in model.modules():
@@ -62,8 +67,11 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    return write_many(tmp_path_factory.mktemp("many"))
+
+
+def write_many(folder: Path) -> TinyData:
     """77 images, every second one without objects: 20 steps of four, one of them of a single image."""
-    folder = tmp_path_factory.mktemp("many")
     annotations = write_coco(folder / "train.json", 77, seed=5)
     content = json.loads(annotations.read_text())
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] % 20]
@@ -100,27 +108,31 @@ def weights_before(config: Path) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def allowed(weights: Tensor) -> Tensor:
+    """Differences: 1e-4 of an entry or, near zero, 1e-5 of its tensor's largest or of 0.02 (young biases are tiny)."""
+    return 1e-4 * weights.abs() + 1e-5 * max(float(weights.abs().max()), 0.02)
+
+
 def assert_same_weights(one: Path, other: Path, config: Path) -> None:
-    """Every entry to 1e-4 of itself or, near zero, to 1e-5 of its tensor's largest or of 0.02 (young biases are tiny);
-    and all must have moved much further."""
+    """And all must have moved much further than they may differ."""
     a, b, before = last_checkpoint(one).model, last_checkpoint(other).model, weights_before(config)
     assert a.keys() == b.keys()
     size = {k: float(v.abs().max().clamp(min=1e-3)) for k, v in a.items()}
     for k in a:
-        atol = 1e-5 * max(size[k], 0.02)
-        assert torch.allclose(a[k], b[k], rtol=1e-4, atol=atol), f"{k}: {float((a[k] - b[k]).abs().max())}"
+        off = (a[k] - b[k]).abs()
+        assert (off <= allowed(b[k])).all(), f"{k}: {float(off.max())}"
     way = [float((a[k] - v).abs().max()) / size[k] for k, v in before.items()]
     assert np.median(way) > 3e-4, f"hardly anything moved ({np.median(way):.2g}), so nothing was compared"
 
 
-@pytest.mark.parametrize(("norm", "seed"), [pytest.param("frozen_bn", 2, marks=pytest.mark.slow), ("gn", 0)])
+@pytest.mark.parametrize(("norm", "seed"), [pytest.param("frozen_bn", 3, marks=pytest.mark.slow), ("gn", 0)])
 def test_two_processes_give_the_same_weights_as_one_after_20_steps(
     norm: str, seed: int, many: TinyData, backbone: Path, tmp_path: Path
 ) -> None:
     """Half of the images are empty, so often a process has no objects; in one step it has no image at all.
 
-    With frozen_bn a chosen seed: 2, 3 and 6 stay together, 0, 1, 4 and 5 part in fp32 (docs/results.md); below, seed 0 in
-    double precision."""
+    With frozen_bn a seed whose runs meet no kink of a ReLU (docs/results.md); the next test has none to meet, at any seed.
+    """
     config = one_epoch(tmp_path, many, **norm_settings(norm, backbone), train__seed=seed)
     run_in_processes(config, tmp_path / "two", tmp_path / "log", "data.cache_gb=0.001")
     assert re.search(r"memory keep \d\d of 77 pictures, resized", (tmp_path / "log").read_text()), "one cache for both"
@@ -133,11 +145,64 @@ def test_two_processes_give_the_same_weights_as_one_after_20_steps(
     assert [r["grad_norm"] for r in one] == pytest.approx([r["grad_norm"] for r in two], rel=1e-3)
 
 
-def _train_in_double(config: Path, out: Path, settings: Sequence[str]) -> None:
+def train_as_it_is(config: Path, out: Path, settings: Sequence[str]) -> None:
+    """One of the ways to train that are compared with themselves."""
+    train(load_config(config, settings), out)
+
+
+def train_without_kinks(config: Path, out: Path, settings: Sequence[str]) -> None:
+    """With a unit and a pooling whose slopes do not jump, so that a rounding error stays as small as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "relu", lambda x, inplace=False: F.elu(x))
+        patch.setattr(
+            F, "max_pool2d", lambda x, size, stride, padding, *_, **__: F.avg_pool2d(x, size, stride, padding)
+        )
+        train(load_config(config, settings), out)
+
+
+def train_in_double(config: Path, out: Path, settings: Sequence[str]) -> None:
     """All but the losses, which are fp32 by themselves."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("detector.engine.run.build_model", lambda *a: build_model(*a).double())
         train(load_config(config, settings), out)
+
+
+def trained_both_ways(
+    way: Callable[[Path, Path, Sequence[str]], None], config: Path, world_size: int, settings: Sequence[str]
+) -> tuple[Path, Path]:
+    """In one process with whole batches; and with the settings, in so many processes."""
+    one, other, log = config.parent / "one", config.parent / "other", config.parent / "log"
+    codes = wait([start_process(way, (config, other, settings), log, env) for env in ranks(world_size)], log)
+    assert codes == [0] * world_size, log.read_text()[-4000:]
+    way(config, one, ())
+    return one, other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("seed", "norm", "normalizer", "world_size", "settings"),
+    [
+        (0, "frozen_bn", "global", 2, ()),
+        (1, "frozen_bn", "global", 2, ()),
+        (0, "frozen_bn", "per_image", 2, ("train.micro_batch=1",)),
+        (0, "gn", "per_image", 2, ("train.micro_batch=1",)),
+        (0, "gn", "global", 1, ("train.micro_batch=1",)),
+    ],
+)
+def test_without_kinks_processes_and_parts_give_the_same_weights_with_any_seed(
+    seed: int,
+    norm: str,
+    normalizer: str,
+    world_size: int,
+    settings: Sequence[str],
+    many: TinyData,
+    backbone: Path,
+    tmp_path: Path,
+) -> None:
+    """In fp32 and at the full rate, with seeds whose runs part where a ReLU's input is rounded to its other side."""
+    chosen = {"loss__normalizer": normalizer, "train__seed": seed}
+    config = one_epoch(tmp_path, many, **norm_settings(norm, backbone), **chosen)
+    assert_same_weights(*trained_both_ways(train_without_kinks, config, world_size, settings), config)
 
 
 @pytest.mark.slow
@@ -148,15 +213,9 @@ def _train_in_double(config: Path, out: Path, settings: Sequence[str]) -> None:
 def test_in_double_precision_two_processes_end_within_1e_7_of_one_at_the_full_rate(
     norm: str, normalizer: str, settings: Sequence[str], many: TinyData, backbone: Path, tmp_path: Path
 ) -> None:
-    """What the tests in fp32 cannot tell from a mistake, a ReLU whose input one sum rounds to its other side, is far below
-    this bound."""
+    """The network as it is: no input of a ReLU is as near to zero as these rounding errors."""
     config = one_epoch(tmp_path, many, **norm_settings(norm, backbone), loss__normalizer=normalizer)
-    log = tmp_path / "log"
-    two = (config, tmp_path / "two", settings)
-    codes = wait([start_process(_train_in_double, two, log, env) for env in ranks(2)], log)
-    assert codes == [0, 0], log.read_text()[-4000:]
-    _train_in_double(config, tmp_path / "one", ())
-    one, other = last_checkpoint(tmp_path / "one").model, last_checkpoint(tmp_path / "two").model
+    one, other = (last_checkpoint(run).model for run in trained_both_ways(train_in_double, config, 2, settings))
     before = weights_before(config)
     for name, weights in one.items():
         off = float((weights - other[name]).abs().max() / weights.abs().max().clamp(min=1e-3))
@@ -191,31 +250,17 @@ def test_gradients_of_the_parts_of_a_batch_add_up_to_those_of_the_whole(many: Ti
             assert error < 1e-10, f"parts of {size}, {name}: {error}"
 
 
-@pytest.mark.parametrize(
-    ("micro_batch", "lr"),
-    [(2, 0.01), pytest.param(3, 0.01, marks=pytest.mark.slow), pytest.param(1, 0.002, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("micro_batch", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_accumulating_small_batches_gives_the_same_weights_as_one_large_batch(
-    micro_batch: int, lr: float, many: TinyData, tmp_path: Path
+    micro_batch: int, many: TinyData, tmp_path: Path
 ) -> None:
-    """One image at a time takes a gentler rate: at 0.01 a unit of the backbone's last block, fed 3e-6 by one sum and
-    -1e-6 by the other, falls on the other side of its ReLU in step 4, and the two runs part (docs/results.md)."""
-    config = one_epoch(tmp_path, many, optim__lr=lr)
+    """One image at a time: above, without kinks."""
+    config = one_epoch(tmp_path, many)
     train(load_config(config), tmp_path / "whole")
     train(load_config(config, [f"train.micro_batch={micro_batch}"]), tmp_path / "parts")
     assert_same_weights(tmp_path / "whole", tmp_path / "parts", config)
     for one, other in zip(records(tmp_path / "whole"), records(tmp_path / "parts"), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
-
-
-@pytest.mark.slow
-def test_dividing_by_image_instead_in_two_processes_with_accumulation_is_the_same_too(
-    many: TinyData, tmp_path: Path
-) -> None:
-    config = one_epoch(tmp_path, many, loss__normalizer="per_image", train__seed=2)
-    train(load_config(config), tmp_path / "whole")
-    run_in_processes(config, tmp_path / "parts", tmp_path / "log", "train.micro_batch=1")
-    assert_same_weights(tmp_path / "whole", tmp_path / "parts", config)
 
 
 @pytest.mark.slow

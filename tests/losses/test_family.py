@@ -436,9 +436,10 @@ def test_dense_sums_and_gradients_are_those_of_the_single_losses(
     loss = class_loss(name)
     logits, labels, quality, anchors = head(softmax=loss.activation == "softmax")
     fast, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    sums = loss(outputs_of(fast, anchors), labels, quality)
+    scale = torch.tensor([0.5, 2.0])
+    sums = loss(outputs_of(fast, anchors), labels, quality, scale)
     each = torch.stack([loss.each(x, y.clamp(min=-1), q) for x, y, q in zip(plain, labels, quality, strict=True)])
-    expected = torch.where(labels >= -1, each, 0.0).sum(dim=1)
+    expected = torch.where(labels >= -1, each, 0.0).sum(dim=1) * scale
     torch.testing.assert_close(sums, expected)
     weights = torch.tensor([1.0, 3.0])  # images need not count alike
     torch.autograd.backward([(sums * weights).sum(), (expected * weights).sum()])

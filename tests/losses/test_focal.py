@@ -167,6 +167,24 @@ def test_ignored_anchors_count_for_nothing(dense: Dense) -> None:
     )
 
 
+@pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), 1e4])
+def test_ignored_anchors_may_hold_anything(nonsense: float) -> None:
+    logits, labels = random_case(2, 50, 3)
+    spoilt = torch.where((labels < -1)[..., None], nonsense, logits)
+    torch.testing.assert_close(on_cpu(spoilt, labels, 0.25, 2.0), on_cpu(logits, labels, 0.25, 2.0))
+    gradient = gradient_of(on_cpu, spoilt, labels, 0.25, 2.0)
+    torch.testing.assert_close(gradient, gradient_of(on_cpu, logits, labels, 0.25, 2.0))
+
+
+def test_a_scale_multiplies_sums_and_gradients_alike() -> None:
+    logits, labels = random_case(3, 50, 3)
+    scale = torch.tensor([0.5, 0.0, 3.0])
+    torch.testing.assert_close(dense_focal_loss(logits, labels, scale=scale), on_cpu(logits, labels, 0.25, 2.0) * scale)
+    gradient = gradient_of(lambda x, y, *_: dense_focal_loss(x, y, scale=scale), logits, labels, None, 0.0)
+    expected = gradient_of(on_cpu, logits, labels, 0.25, 2.0) * scale[:, None, None]
+    torch.testing.assert_close(gradient, expected)
+
+
 @both_paths
 def test_background_is_a_negative_for_every_class(dense: Dense) -> None:
     logits, _ = random_case(2, 50, 3)

@@ -52,13 +52,14 @@ def autograd_focal_loss(
     alpha: float | Tensor | None = 0.25,
     gamma: float = 2.0,
     negative_weight: float | None = None,
+    scale: Tensor,
 ) -> Tensor:
     """In place of `losses.dense.dense_focal_loss`."""
     if isinstance(alpha, Tensor) or negative_weight is not None:
         raise ValueError("torchvision's focal loss has one alpha for all classes")
     one_hot = F.one_hot(labels.clamp(min=0), logits.shape[-1]) * (labels >= 0)[..., None]
     each = sigmoid_focal_loss(logits.float(), one_hot.float(), alpha=-1 if alpha is None else alpha, gamma=gamma)
-    total: Tensor = (each * (labels >= -1)[..., None]).sum(dim=(1, 2))
+    total: Tensor = (each * (labels >= -1)[..., None]).sum(dim=(1, 2)) * scale
     return total
 
 
