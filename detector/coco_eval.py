@@ -292,7 +292,7 @@ def evaluate(
     """
     if not (len(max_dets) == 3 and 0 < max_dets[0] < max_dets[1] < max_dets[2]):
         raise ValueError(f"max_dets must be three increasing numbers above 0, got {max_dets}")
-    curves = _ENGINES[engine](_normalise(ground_truth, results), max_dets)
+    curves = _ENGINES[engine](numbered(ground_truth, results), max_dets)
 
     precision, recall = curves.precision, curves.recall  # (T, R, K, area, max_dets), (T, K, area, max_dets)
     values = {
@@ -328,7 +328,7 @@ def _mean(values: NDArray[np.float64]) -> float:
     return float(np.mean(valid)) if len(valid) else UNDEFINED
 
 
-class _Problem(NamedTuple):
+class Numbered(NamedTuple):
     """Ground truth and detections with images and classes numbered from 1 in the order of their ids."""
 
     num_images: int
@@ -353,7 +353,12 @@ class _Curves(NamedTuple):
     """(T, K, 4, 3)"""
 
 
-def _normalise(gt: GroundTruth, results: CocoResults) -> _Problem:
+def numbered(gt: GroundTruth, results: CocoResults) -> Numbered:
+    """What both engines are given.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
     images = np.unique(gt.image_ids)
     if len(images) < len(gt.image_ids):
         raise ValueError(
@@ -362,7 +367,7 @@ def _normalise(gt: GroundTruth, results: CocoResults) -> _Problem:
     if not (np.isfinite(gt.boxes).all() and np.isfinite(gt.areas).all()):
         raise ValueError("boxes and areas of the ground truth must be finite, got nan or inf; fix or drop the objects")
     classes = np.array(sorted(gt.categories.ids), np.int64)
-    return _Problem(
+    return Numbered(
         num_images=len(images),
         num_classes=len(classes),
         gt_images=_rank(gt.ann_image_ids, images, "image ids of the objects", "images of the ground truth"),
@@ -391,7 +396,8 @@ def _named(count: int) -> list[dict[str, Any]]:
     return [{"id": i, "name": str(i)} for i in range(1, count + 1)]
 
 
-def _hotcoco_curves(p: _Problem, max_dets: tuple[int, int, int]) -> _Curves:
+def hotcoco_run(p: Numbered) -> Any:
+    """A `hotcoco.COCOeval` that is still to be told its parameters and to run."""
     import hotcoco
 
     gt = hotcoco.COCO.from_arrays(
@@ -404,7 +410,11 @@ def _hotcoco_curves(p: _Problem, max_dets: tuple[int, int, int]) -> _Curves:
         iscrowd=p.gt_iscrowd,
     )
     dt = gt.load_res(np.column_stack([p.dt_images, p.dt_boxes, p.dt_scores, p.dt_classes]))
-    run = hotcoco.COCOeval(gt, dt, "bbox")
+    return hotcoco.COCOeval(gt, dt, "bbox")
+
+
+def _hotcoco_curves(p: Numbered, max_dets: tuple[int, int, int]) -> _Curves:
+    run = hotcoco_run(p)
     run.params.max_dets = list(max_dets)
     run.evaluate()
     run.accumulate()
@@ -413,7 +423,7 @@ def _hotcoco_curves(p: _Problem, max_dets: tuple[int, int, int]) -> _Curves:
     return _Curves(curves["precision"], curves["recall"])
 
 
-def _pycocotools_curves(p: _Problem, max_dets: tuple[int, int, int]) -> _Curves:
+def _pycocotools_curves(p: Numbered, max_dets: tuple[int, int, int]) -> _Curves:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 

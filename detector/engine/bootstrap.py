@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.coco_eval import CocoResults, _named, _normalise
+from detector.coco_eval import CocoResults, hotcoco_run, numbered
 from detector.structures import GroundTruth
 
 RECALLS = np.linspace(0, 1, 101)
@@ -38,16 +38,8 @@ def match(truth: GroundTruth, results: CocoResults, *, max_dets: int = 100) -> l
     Raises:
         ValueError: as `coco_eval.evaluate`.
     """
-    import hotcoco
-
-    p = _normalise(truth, results)
-    gt = hotcoco.COCO.from_arrays(
-        [{"id": i} for i in range(1, p.num_images + 1)], _named(p.num_classes), p.gt_images, p.gt_classes, p.gt_boxes,
-        area=p.gt_areas, iscrowd=p.gt_iscrowd,
-    )  # fmt: skip
-    run = hotcoco.COCOeval(
-        gt, gt.load_res(np.column_stack([p.dt_images, p.dt_boxes, p.dt_scores, p.dt_classes])), "bbox"
-    )
+    p = numbered(truth, results)
+    run = hotcoco_run(p)
     run.params.max_dets = [max_dets]
     run.params.area_rng, run.params.area_rng_lbl = [[0.0, 1e10]], ["all"]
     run.evaluate()

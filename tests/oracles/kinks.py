@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import tempfile
 from pathlib import Path
 
@@ -49,7 +51,8 @@ def main() -> None:
                     place.mkdir()
                     chosen = {"loss__normalizer": normalizer, "train__seed": seed}
                     config = runs.one_epoch(place, data, **runs.norm_settings(norm, backbone), **chosen)
-                    one, other = runs.trained_both_ways(WAYS[way], config, world_size, settings)
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        one, other = runs.trained_both_ways(WAYS[way], config, world_size, settings)
                     a, b = last_checkpoint(one).model, last_checkpoint(other).model
                     share = max(float(((a[k] - b[k]).abs() / runs.allowed(b[k])).max()) for k in a)
                     largest = max(float((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-3)) for k in a)
