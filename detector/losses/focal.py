@@ -39,28 +39,29 @@ def sigmoid_focal_loss(
 
     Args:
         logits: any shape, before the sigmoid, any floating type.
-        targets: the same shape, 0..1; soft targets mix the two sides linearly.
+        targets: the same shape, 0..1. Soft targets mix the two sides' cross entropies, their 1 - p_t and their weights,
+            each linearly, and then multiply them (as torchvision's function does), so the whole is not linear in them.
         alpha: see above; a tensor broadcasts against the last axis of `logits`.
         gamma: focusing; 0 is (alpha-balanced) cross entropy (equations 1 and 3).
         negative_weight: of the negative side; None: 1 - alpha for a number, 1 otherwise.
         weights, ignore, reduction: see above.
 
     Returns:
-        The loss of every entry, in the shape of `logits`, or a scalar; fp32 (fp64 for fp64 logits).
+        The loss of every entry, in the shape of `logits`, or a scalar; fp32 (fp64 for fp64 logits). Second derivatives with
+        a gamma between 0 and 1 are finite up to logits of some 40 in fp32.
 
     Raises:
         ValueError: shapes that do not go together; gamma below 0.
     """
-    logits = unignored(_wide(logits), ignore)
+    logits = unignored(wide(logits), ignore)
     targets = _as_targets(targets, logits)
     if gamma < 0:
         raise ValueError(f"gamma must be at least 0, got {gamma}")
-    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    if gamma > 0:
-        # 1 - p_t, from two sigmoids rather than by subtraction so that confident entries keep their digits
-        wrong = torch.sigmoid(logits) * (1 - targets) + torch.sigmoid(-logits) * targets
-        loss = loss * power(wrong, gamma)
-    loss = _balanced(loss, targets, alpha, negative_weight)
+    if gamma == 0:  # torch's own, to the last bit
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    else:
+        loss = cross_entropy(logits, targets) * power(wrongness(logits, targets), gamma)
+    loss = balanced(loss, targets, alpha, negative_weight)
     return reduce_loss(loss, weights=weights, ignore=ignore, reduction=reduction, positives=targets)
 
 
@@ -78,12 +79,13 @@ def sigmoid_focal_star_loss(
 ) -> Tensor:
     """FL* = -log(sigmoid(gamma x_t + beta)) / gamma (Lin et al. 2017, appendix A, equations 6 and 7).
 
-    Cross entropy at gamma 1, beta 0. Arguments as in `sigmoid_focal_loss`.
+    Cross entropy at gamma 1, beta 0. Arguments as in `sigmoid_focal_loss`; soft targets mix the two sides' losses, and
+    their weights, linearly.
 
     Raises:
         ValueError: shapes that do not go together; gamma not above 0.
     """
-    logits = unignored(_wide(logits), ignore)
+    logits = unignored(wide(logits), ignore)
     targets = _as_targets(targets, logits)
     if gamma <= 0:
         raise ValueError(f"gamma must be above 0, got {gamma}")
@@ -91,7 +93,7 @@ def sigmoid_focal_star_loss(
     positive = F.softplus(-(gamma * logits + beta)) / gamma
     negative = F.softplus(gamma * logits - beta) / gamma
     loss = targets * positive + (1 - targets) * negative
-    loss = _balanced(loss, targets, alpha, negative_weight)
+    loss = balanced(loss, targets, alpha, negative_weight)
     return reduce_loss(loss, weights=weights, ignore=ignore, reduction=reduction, positives=targets)
 
 
@@ -179,7 +181,7 @@ def _softmax_family(
     reduction: Reduction,
 ) -> Tensor:
     """`each` gives the loss of log-probabilities of the true class."""
-    logits = _wide(logits).movedim(dim, -1)
+    logits = wide(logits).movedim(dim, -1)
     if ignore is not None:
         ignore = ignore.bool()
         logits = unignored(logits, ignore[..., None])
@@ -248,12 +250,24 @@ def power(x: Tensor, gamma: float) -> Tensor:
     return x * x if gamma == 2 else x.clamp_min(torch.finfo(x.dtype).tiny) ** gamma
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross entropy of every entry; unlike torch's, which takes a difference of like numbers, it keeps the digits of
+    a sure negative's small loss."""
+    return F.softplus(-logits) * targets + F.softplus(logits) * (1 - targets)
+
+
+def wrongness(logits: Tensor, targets: Tensor) -> Tensor:
+    """1 - p_t of every entry, from two sigmoids rather than by subtraction so that confident entries keep their digits."""
+    return torch.sigmoid(logits) * (1 - targets) + torch.sigmoid(-logits) * targets
+
+
 def logit_of_log(log_p: Tensor) -> Tensor:
     """log(p / (1 - p)) from log(p), finite everywhere."""
     return log_p - torch.log((-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny))
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
+    """In fp32, or fp64 if they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -270,7 +284,8 @@ def _require_shape(tensor: Tensor, shape: torch.Size, what: str) -> None:
         )
 
 
-def _balanced(loss: Tensor, targets: Tensor, alpha: float | Tensor | None, negative_weight: float | None) -> Tensor:
+def balanced(loss: Tensor, targets: Tensor, alpha: float | Tensor | None, negative_weight: float | None) -> Tensor:
+    """Losses of entries, positives times `alpha` and negatives times `negative_weight`; see the head of this module."""
     if alpha is None and negative_weight is None:
         return loss
     if alpha is not None and not isinstance(alpha, float | int):

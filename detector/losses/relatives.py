@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from detector.losses.focal import Reduction, power, reduce_loss, sigmoid_focal_loss, unignored
+from detector.losses.focal import Reduction, balanced, cross_entropy, power, reduce_loss, unignored, wide, wrongness
 
 
 def poly1_focal_loss(
@@ -21,16 +20,13 @@ def poly1_focal_loss(
     reduction: Reduction = "none",
 ) -> Tensor:
     """Focal loss plus epsilon alpha_t (1 - p_t)^(gamma + 1) (Leng et al. 2022, "PolyLoss", section 5): the weight of the
-    first term of the loss's expansion in 1 - p_t, changed by epsilon. For targets of 0 and 1."""
-    wide = unignored(logits if logits.dtype == torch.float64 else logits.float(), ignore)
-    focal = sigmoid_focal_loss(wide, targets, alpha=alpha, gamma=gamma)
-    wrong = torch.where(targets > 0.5, torch.sigmoid(-wide), torch.sigmoid(wide))
-    extra = power(wrong, gamma + 1)
-    if isinstance(alpha, Tensor):
-        extra = torch.where(targets > 0.5, alpha.to(extra), 1.0) * extra
-    elif alpha is not None:
-        extra = torch.where(targets > 0.5, alpha, 1 - alpha) * extra
-    return reduce_loss(focal + epsilon * extra, weights=weights, ignore=ignore, reduction=reduction, positives=targets)
+    first term of the loss's expansion in 1 - p_t, changed by epsilon."""
+    x = unignored(wide(logits), ignore)
+    targets = targets.to(x.dtype)
+    wrong = wrongness(x, targets)
+    loss = cross_entropy(x, targets) * power(wrong, gamma) + epsilon * power(wrong, gamma + 1)
+    loss = balanced(loss, targets, alpha, None)
+    return reduce_loss(loss, weights=weights, ignore=ignore, reduction=reduction, positives=targets)
 
 
 def quality_focal_loss(
@@ -48,12 +44,11 @@ def quality_focal_loss(
     `quality`: in the shape of `logits`, 0 for negatives, 0..1 for positives (the overlap of the predicted box with its
     object). At a quality of 0 or 1 it is the focal loss without alpha.
     """
-    wide = unignored(logits if logits.dtype == torch.float64 else logits.float(), ignore)
-    quality = quality.to(wide.dtype)
-    cross_entropy = F.binary_cross_entropy_with_logits(wide, quality, reduction="none")
+    x = unignored(wide(logits), ignore)
+    quality = quality.to(x.dtype)
     # |q - p| by the smaller of two differences of like numbers: confident entries keep their digits
-    distance = torch.where(quality > 0.5, torch.sigmoid(-wide) - (1 - quality), torch.sigmoid(wide) - quality).abs()
-    loss = power(distance, gamma) * cross_entropy
+    distance = torch.where(quality > 0.5, torch.sigmoid(-x) - (1 - quality), torch.sigmoid(x) - quality).abs()
+    loss = power(distance, gamma) * cross_entropy(x, quality)
     return reduce_loss(loss, weights=weights, ignore=ignore, reduction=reduction, positives=(quality > 0).to(loss))
 
 
@@ -70,13 +65,10 @@ def varifocal_loss(
     """Positives: q times the cross entropy with q; negatives: alpha p^gamma times theirs (Zhang et al. 2021,
     "VarifocalNet", equation 2): only negatives are focused, positives count by their quality. `quality` as in
     `quality_focal_loss`."""
-    wide = unignored(logits if logits.dtype == torch.float64 else logits.float(), ignore)
-    quality = quality.to(wide.dtype)
-    cross_entropy = F.binary_cross_entropy_with_logits(wide, quality, reduction="none")
-    weight = torch.where(quality > 0, quality, alpha * power(torch.sigmoid(wide), gamma))
-    return reduce_loss(
-        weight * cross_entropy, weights=weights, ignore=ignore, reduction=reduction, positives=(quality > 0).to(weight)
-    )
+    x = unignored(wide(logits), ignore)
+    quality = quality.to(x.dtype)
+    loss = torch.where(quality > 0, quality, alpha * power(torch.sigmoid(x), gamma)) * cross_entropy(x, quality)
+    return reduce_loss(loss, weights=weights, ignore=ignore, reduction=reduction, positives=(quality > 0).to(loss))
 
 
 def ghm_weights(gradient: Tensor, *, bins: int = 10, ignore: Tensor | None = None) -> Tensor:
@@ -111,8 +103,8 @@ def ghm_loss(
 ) -> Tensor:
     """Cross entropy of every entry, weighed by `ghm_weights` (GHM-C, equation 10; without the moving average over steps,
     which would make a step depend on those before it)."""
-    wide = unignored(logits if logits.dtype == torch.float64 else logits.float(), ignore)
-    targets = targets.to(wide.dtype)
-    weight = ghm_weights((torch.sigmoid(wide) - targets).abs(), bins=bins, ignore=ignore)
-    loss = F.binary_cross_entropy_with_logits(wide, targets, reduction="none") * weight
+    x = unignored(wide(logits), ignore)
+    targets = targets.to(x.dtype)
+    weight = ghm_weights((torch.sigmoid(x) - targets).abs(), bins=bins, ignore=ignore)
+    loss = cross_entropy(x, targets) * weight
     return reduce_loss(loss, weights=None, ignore=ignore, reduction=reduction, positives=targets)

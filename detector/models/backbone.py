@@ -89,6 +89,12 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, H, W) normalised images to C3, C4, C5: (B, C, H / 8, W / 8) and so on, rounded up."""
+        if too_narrow_for_bf16(images, stride=16):  # at the entrance of the last layer
+            with torch.autocast("cpu", enabled=False):
+                return self._features(images.to(self.conv1.weight.dtype))
+        return self._features(images)
+
+    def _features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.maxpool(normed_conv(self.conv1, self.bn1, images, relu=True))
         outputs = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -99,6 +105,15 @@ class ResNet(nn.Module):
                     x = residual(block, x)
             outputs.append(x)
         return outputs[1], outputs[2], outputs[3]
+
+
+def too_narrow_for_bf16(x: Tensor, *, stride: int = 1) -> bool:
+    """Whether oneDNN's 3x3 convolutions of stride 2 in bf16 cannot be trusted with an input of this width over `stride`.
+
+    Where it is one cell wide, they make the gradient of their weights from memory that nobody wrote; on processors with AMX
+    also the output, and up to two cells (torch 2.11 and 2.15). Such things are computed in fp32.
+    """
+    return x.device.type == "cpu" and x.shape[-1] <= 2 * stride
 
 
 def residual(block: Any, x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detector.models.backbone import too_narrow_for_bf16
+
 
 class FeaturePyramid(nn.Module):
     """C3..C5 to P3..P7, all with the same number of channels.
@@ -60,9 +62,8 @@ def _plus_enlarged(fine: Tensor, coarse: Tensor) -> Tensor:
 
 
 def _strided(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 3x3 convolution of stride 2. Where its input is one cell wide, oneDNN makes the gradient of its weights from memory
-    that nobody wrote (bf16 on a CPU; torch 2.11 and 2.15), so that happens in fp32."""
-    if x.shape[-1] == 1 and x.device.type == "cpu":
+    """A 3x3 convolution of stride 2."""
+    if too_narrow_for_bf16(x):
         with torch.autocast("cpu", enabled=False):
             narrow: Tensor = conv(x.to(conv.weight.dtype))
             return narrow

@@ -15,6 +15,7 @@ from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 from detector.losses import dense as dense_module
 from detector.losses.dense import _plain_focal_loss, dense_focal_loss
 from detector.losses.focal import sigmoid_focal_loss
+from detector.losses.relatives import ghm_loss, poly1_focal_loss, quality_focal_loss, varifocal_loss
 
 Dense = Callable[[Tensor, Tensor, float | None, float], Tensor]
 
@@ -97,11 +98,27 @@ def test_values_worked_out_by_hand(logit: float, target: float, expected: float)
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_confident_entries_keep_their_digits() -> None:
-    """1 - p by subtraction would be 0 from a logit of 17 on."""
-    logits = torch.tensor([25.0], requires_grad=True)
-    loss = sigmoid_focal_loss(logits, torch.tensor([1.0]), gamma=1.0)
-    assert loss.item() == pytest.approx(0.25 * torch.exp(torch.tensor(-50.0)).item(), rel=1e-4)
+@pytest.mark.parametrize("logit", [5.0, 10.0, 15.0, 20.0, 30.0])
+@pytest.mark.parametrize("kind", [sigmoid_focal_loss, poly1_focal_loss, quality_focal_loss, varifocal_loss, ghm_loss])
+def test_sure_entries_keep_their_digits_on_both_sides(kind: Callable[..., Tensor], logit: float) -> None:
+    """1 - p by subtraction would be 0 from a logit of 17 on, and so would torch's cross entropy of a negative."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        logits = torch.tensor([logit, -logit], dtype=dtype, requires_grad=True)
+        loss = kind(logits, torch.tensor([1.0, 0.0]))
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        results.append((loss.double(), gradient.double()))
+    assert (results[1][0] > 0).all()
+    torch.testing.assert_close(*results, rtol=1e-5, atol=0)
+
+
+def test_soft_targets_mix_cross_entropy_wrongness_and_weight() -> None:
+    x, y = torch.tensor([-2.0, 0.5, 3.0], dtype=torch.float64), torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64)
+    p = torch.sigmoid(x)
+    cross, wrong, alpha = -(y * p.log() + (1 - y) * (1 - p).log()), y * (1 - p) + (1 - y) * p, 0.25 * y + 0.75 * (1 - y)
+    torch.testing.assert_close(sigmoid_focal_loss(x, y), alpha * cross * wrong**2)
+    torch.testing.assert_close(sigmoid_focal_loss(x, y), torchvision_focal_loss(x, y))
+    torch.testing.assert_close(poly1_focal_loss(x, y, epsilon=0.6), alpha * (cross * wrong**2 + 0.6 * wrong**3))
 
 
 @both_paths

@@ -370,15 +370,15 @@ def test_torchvisions_boxes_are_worth_comparing(pair: Pair) -> None:
     assert box_iou(found.boxes, outputs.anchors).amax(dim=1).median() < 0.95
 
 
-@pytest.mark.parametrize("shape", [(64, 32), (96, 64), (32, 96), (160, 32)])
+@pytest.mark.parametrize("shape", [(64, 32), (96, 64), (32, 96), (160, 32), (256, 128), (192, 96)])
 @pytest.mark.parametrize("p6_from", ["c5", "p5"])
-def test_gradients_of_narrow_pictures_in_bf16_are_those_of_fp32(p6_from: str, shape: tuple[int, int]) -> None:
-    """P6 or P7 is computed from one column of cells there, whose gradient oneDNN would take from unwritten memory."""
+def test_narrow_pictures_in_bf16_give_the_features_and_gradients_of_fp32(p6_from: str, shape: tuple[int, int]) -> None:
+    """P6 or P7 is computed from one or two columns of cells there, where oneDNN would use unwritten memory."""
     torch.manual_seed(0)
-    config = ModelConfig(backbone="resnet18", backbone_weights="none", norm="bn", fpn_channels=32, p6_from=p6_from)  # type: ignore[arg-type]
+    config = ModelConfig(backbone="resnet18", backbone_weights="none", norm="bn", p6_from=p6_from)  # type: ignore[arg-type]
     fpn = build_model(config, 1).fpn
     features = [torch.randn(2, c, -(-shape[0] // s), -(-shape[1] // s)) for c, s in ((128, 8), (256, 16), (512, 32))]
-    gradients = []
+    results = []
     for low in (False, True):
         for _ in range(3):
             dirty = [torch.full((size,), 1e30) for size in (64, 1000, 9216, 40000, 200000)]
@@ -387,6 +387,20 @@ def test_gradients_of_narrow_pictures_in_bf16_are_those_of_fp32(p6_from: str, sh
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
                 levels = fpn(features)
             torch.autograd.backward(sum(level.float().square().sum() for level in levels))
-        gradients.append([p.grad.clone() for p in fpn.parameters() if p.grad is not None])
-    for exact, low_precision in zip(*gradients, strict=True):
+        gradients = [p.grad.clone() for p in fpn.parameters() if p.grad is not None]
+        results.append([*(level.detach().float() for level in levels), *gradients])
+    for exact, low_precision in zip(*results, strict=True):
         assert (exact - low_precision).abs().max() <= 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (128, 32), (32, 48)])
+def test_a_backbone_in_bf16_sees_in_the_narrowest_pictures_what_it_sees_in_fp32(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    backbone = build_model(ModelConfig(backbone="resnet18", backbone_weights="none", norm="gn"), 1).backbone
+    pictures = torch.randn(2, 3, *shape)
+    with torch.no_grad():
+        exact = backbone(pictures)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low_precision = backbone(pictures)
+    for a, b in zip(exact, low_precision, strict=True):
+        assert (a - b).abs().max() <= 0.1 * a.abs().max()
