@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Who holds the class loss: python tools/analyze_loss.py --config C.yaml --checkpoint P [--split val|test] [key=value ...].
 
-Looks at every anchor of a set, positives and negatives apart: the cumulative distribution of the focal loss for several
-gammas (the paper's figure 4), the share that the hardest examples hold, how positives and negatives weigh against each
-other, the probabilities of the truth, and whether scores mean what they say. Writes figures (.svg), loss.csv and loss.json.
+Looks at every positive entry (an anchor and a class) of a set and at its negative ones, all of them or, above two million,
+a sample, and says how many: the cumulative distribution of the focal loss for several gammas (the paper's figure 4), the
+share that the hardest examples hold, how positives and negatives weigh against each other under the checkpoint's own alpha,
+the probabilities of the truth, and whether scores mean what they say. Writes figures (.svg), loss.csv and loss.json.
 """
 
 from __future__ import annotations

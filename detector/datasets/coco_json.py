@@ -115,14 +115,20 @@ def require_coco(path: Path, content: Any) -> None:
     )
 
 
+FETCHED = {"bccd": "bccd", "coco": "coco2017"}
+"""Folders of data that `tools/get_data.py` makes, and by which name."""
+
+
 def nearest_path(path: Path) -> str:
-    """What exists instead of a path: the part of it that does, and the most similar name there."""
+    """What exists instead of a path: the part of it that does, and the most similar name there; or how to fetch it."""
     parent = path.absolute()
     missing = parent.name
     while not os.path.isdir(parent.parent):
         parent = parent.parent
         missing = parent.name
     parent = parent.parent
+    if missing in FETCHED:
+        return f"; python tools/get_data.py {FETCHED[missing]} makes {parent / missing}"
     try:
         there = sorted(os.listdir(parent))
     except OSError:

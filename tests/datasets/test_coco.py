@@ -949,3 +949,14 @@ def test_whatever_stands_in_the_file_it_opens_or_is_refused_and_nothing_is_lost_
         assert len(data) == len(content["images"]) or data.problems
         assert trained == len(content["annotations"]) or data.problems
         assert data.num_objects.sum() == len(data.boxes().boxes)
+
+
+@pytest.mark.parametrize(("folder", "name"), [("bccd", "bccd"), ("coco", "coco2017")])
+def test_of_public_data_that_is_not_there_the_error_says_how_to_fetch_it(
+    folder: str, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(
+        DatasetError, match=rf"no such annotation file; python tools/get_data.py {name} makes .*data/{folder}"
+    ):
+        read_coco(tmp_path / "data" / folder / "annotations" / "train.json", None)

@@ -404,3 +404,14 @@ def test_a_real_failure_is_told_by_its_own_error(data: TinyData, tmp_path: Path)
     assert wait([start_tool("sweep", arguments, log)], log, seconds=300) == [0]
     assert "loss.alpha must give one weight for each of the 3 classes" in (out / "results.md").read_text()
     assert yaml.safe_load((out / "winner.yaml").read_text())["loss"]["alpha"] == 0.25
+
+
+@pytest.mark.slow
+def test_a_sweep_of_which_nothing_came_to_its_end_has_no_winner_and_says_so(data: TinyData, tmp_path: Path) -> None:
+    recipe = write_config(tmp_path / "tiny.yaml", data, train__epochs=1)
+    out, log = tmp_path / "out", tmp_path / "log"
+    arguments = ["--config", str(recipe), "--grid", "loss.alpha=[1.0]", "--output-dir", str(out)]
+    assert wait([start_tool("sweep", arguments, log)], log, seconds=300) == [1]
+    assert not (out / "winner.yaml").exists()
+    assert "error: no run came to its end, so there is no winner" in log.read_text()
+    assert "winner.yaml" not in log.read_text()
