@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,3 +18,11 @@ def test_the_digits_example_runs_both_problems(repo_root: Path, capsys: pytest.C
     scores = [float(x) for x in re.findall(r" (0\.\d{3}) \(nan\)", table)]
     assert len(scores) == 12
     assert min(scores) > 0.4, "far above chance, which is 0.1"
+    assert len(set(scores)) == 12, "every loss learns something else"
+
+
+def test_the_guides_snippet_runs(repo_root: Path) -> None:
+    guide = (repo_root / "docs" / "focal-loss.md").read_text()
+    names: dict[str, Any] = {}
+    exec(guide.partition("```python\n")[2].partition("```")[0], names)
+    assert names["loss"].isfinite()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def main() -> None:
                     a, b = last_checkpoint(one).model, last_checkpoint(other).model
                     share = max(float(((a[k] - b[k]).abs() / runs.allowed(b[k])).max()) for k in a)
                     largest = max(float((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-3)) for k in a)
+                    shutil.rmtree(place)
                     print(
                         f"{way}; {case}; seed {seed}: {share:.3f} of what is allowed, largest {largest:.1e}", flush=True
                     )
