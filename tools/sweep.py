@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{stopped}; the same command goes on", file=sys.stderr)
         return 128 + stopped.signum
     comparison.show()
-    names = ("results.md", "results.json", "results.svg", "winner.yaml")
-    written = [name for name in names if (arguments.output_dir / name).exists()]
+    files = ("results.md", "results.json", "results.svg", "winner.yaml")
+    written = [file for file in files if (arguments.output_dir / file).exists()]
     print(f"{', '.join(written)}: in {arguments.output_dir}")
     if comparison.reference is None:
         print("error: no run came to its end, so there is no winner; the reasons stand above", file=sys.stderr)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from detector.config import Config, LossConfig, with_model_of
+from detector.config import Config, flatten, with_model_of
 from detector.datasets.coco import CocoDataset, DatasetError
 from detector.datasets.loader import DetectionDataset, build_loader, to_device
 from detector.engine.checkpoint import load_checkpoint, make_folder, write_json
@@ -24,7 +24,7 @@ from detector.engine.optim import autocast, resolve_precision
 from detector.engine.predict import model_of
 from detector.engine.preflight import open_split
 from detector.engine.score import require_model_of, split_of
-from detector.losses import RetinaNetLoss, build_loss
+from detector.losses import ClassLoss, RetinaNetLoss, build_loss
 from detector.losses.retinanet import labels_of
 from detector.models import RetinaNet
 from detector.postprocess import one_against_all
@@ -35,7 +35,7 @@ HARDEST = (0.001, 0.01, 0.1, 0.2)
 
 
 class Examples(NamedTuple):
-    """Entries of the class logits: every positive one, and a sample of the negatives. (n,) each."""
+    """Entries of the class logits: every positive one, and all negatives or a sample of them. (n,) each."""
 
     x_t: NDArray[np.float32]
     """The logit of being right: p_t is its sigmoid."""
@@ -44,23 +44,28 @@ class Examples(NamedTuple):
     """The class that the entry is about."""
     level: NDArray[np.int64]
     """0 for P3."""
+    alpha: NDArray[np.float64]
+    """What the run's loss multiplies its loss by."""
     weight: NDArray[np.float64]
     """How many entries it stands for."""
 
-    def where(self, mask: NDArray[np.bool_]) -> Examples:
+    def where(self, chosen: NDArray[np.bool_] | slice) -> Examples:
         """Some of them."""
-        return Examples(self.x_t[mask], self.positive[mask], self.label[mask], self.level[mask], self.weight[mask])
+        return Examples._make(field[chosen] for field in self)
 
 
 def joined(parts: Sequence[Examples]) -> Examples:
     """One after the other."""
-    return Examples(
-        np.concatenate([p.x_t for p in parts]),
-        np.concatenate([p.positive for p in parts]),
-        np.concatenate([p.label for p in parts]),
-        np.concatenate([p.level for p in parts]),
-        np.concatenate([p.weight for p in parts]),
-    )
+    return Examples(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def thinned_out(examples: Examples, share: float) -> Examples:
+    """Of one image's examples in random order: such a share of the entries they stand for, standing for all of them."""
+    count = max(1, int(share * examples.weight.sum() + 1e-6))
+    if count >= len(examples.x_t):
+        return examples
+    kept = examples.where(slice(count))
+    return kept._replace(weight=kept.weight * (len(examples.x_t) / count))
 
 
 def collect_examples(
@@ -78,25 +83,26 @@ def collect_examples(
 
     Args:
         model: on `device`; its mode is restored afterwards.
-        loss: how anchors are matched.
+        loss: how anchors are matched, and the weights of positives and negatives.
         coco: the dataset.
         config: sizes and precision.
         device: to run on.
         indices: of the images to look at; None: all.
-        max_negatives: sampled evenly over images and entries, always the same ones.
+        max_negatives: all negatives where there are no more; otherwise so many, drawn without replacement, the same share
+            of every image's, always the same ones.
         progress: called with images done and in all.
     """
     batches = eval_keys(coco, config, indices)
     total = sum(map(len, batches))
-    quota = max(1, max_negatives // max(1, total))
     dataset = DetectionDataset(
         coco, max_size=config.data.max_size, resize=config.model.resize, skip_unreadable=config.data.on_error == "skip"
     )
     precision = resolve_precision(config.eval.precision, device)
     was_training = model.training
     model.eval()
-    parts: list[Examples] = []
-    done = 0
+    positives: list[Examples] = []
+    negatives: list[Examples] = []
+    done = held = entries = 0
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         workers = 0 if indices is not None else min(config.data.num_workers, len(batches))
         for loaded in build_loader(dataset, batches, num_workers=workers):
@@ -110,49 +116,81 @@ def collect_examples(
             sizes = [level.shape[1] for level in outputs.cls_logits]
             levels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
             for index, x, label in zip(loaded.index.tolist(), logits.cpu(), labels, strict=True):
-                if index >= 0:
-                    parts.append(_examples_of(x, label, levels, quota, index))
+                if index < 0:
+                    continue
+                image = ImageEntries(x, label, levels, *balance(loss.class_loss, x.shape[1]))
+                entries += image.num_negatives
+                positives.append(image.positives())
+                negatives.append(image.negatives(min(1.0, max_negatives / max(1, entries)), seed=index))
+                held += len(negatives[-1].x_t)
+                if held > 2 * max_negatives:
+                    negatives = [thinned_out(part, max_negatives / entries) for part in negatives]
+                    held = sum(len(part.x_t) for part in negatives)
             done += len(loaded.index)
             if progress is not None:
                 progress(done, total)
     model.train(was_training)
-    return joined(parts)
+    share = min(1.0, max_negatives / max(1, entries))
+    return joined([*positives, *(thinned_out(part, share) for part in negatives)])
 
 
-def _examples_of(x: torch.Tensor, label: torch.Tensor, levels: torch.Tensor, quota: int, seed: int) -> Examples:
-    """Of one image: (A, K) logits, (A,) labels, (A,) levels."""
-    num_classes = x.shape[1]
-    anchor = torch.nonzero(label >= 0).squeeze(1)
-    positive = _entries(x, label, levels, anchor, label[anchor], np.ones(len(anchor)))
-    random = torch.Generator().manual_seed(seed)
-    counted = int((label >= -1).sum()) * num_classes - len(anchor)
-    place = torch.randint(0, x.numel(), (min(4 * quota, 2 * x.numel()),), generator=random)
-    rows, classes = place // num_classes, place % num_classes
-    valid = torch.nonzero((label[rows] >= -1) & (label[rows] != classes)).squeeze(1)[:quota]
-    weight = np.full(len(valid), counted / max(1, len(valid)))
-    negative = _entries(x, label, levels, rows[valid], classes[valid], weight)
-    return joined([positive, negative])
+class ImageEntries(NamedTuple):
+    """What a network says of one image, and the truth."""
+
+    x: torch.Tensor
+    """(A, K) logits."""
+    label: torch.Tensor
+    """(A,) as from `labels_of`."""
+    level: torch.Tensor
+    """(A,)"""
+    alpha: torch.Tensor
+    """(K,) weights of positives."""
+    negative_weight: float
+
+    @property
+    def num_negatives(self) -> int:
+        """Entries that are to be small."""
+        return int((self.label >= -1).sum()) * self.x.shape[1] - int((self.label >= 0).sum())
+
+    def positives(self) -> Examples:
+        """All of them."""
+        anchor = torch.nonzero(self.label >= 0).squeeze(1)
+        return self._at(anchor, self.label[anchor], 1.0)
+
+    def negatives(self, share: float, *, seed: int) -> Examples:
+        """All, or about such a share drawn without replacement; in random order."""
+        rows = torch.nonzero(self.label >= -1).squeeze(1)
+        entries = len(rows) * self.x.shape[1]
+        count = min(entries, max(1, math.ceil(share * entries)))
+        place = torch.from_numpy(np.random.default_rng(seed).choice(max(1, entries), count, replace=False))
+        anchor, k = rows[place // self.x.shape[1]], place % self.x.shape[1]
+        negative = self.label[anchor] != k
+        return self._at(anchor[negative], k[negative], self.num_negatives / max(1, int(negative.sum())))
+
+    def _at(self, anchor: torch.Tensor, k: torch.Tensor, weight: float) -> Examples:
+        positive = self.label[anchor] == k
+        x = self.x[anchor, k]
+        alpha = torch.where(positive, self.alpha[k], self.negative_weight)
+        return Examples(
+            torch.where(positive, x, -x).numpy(), positive.numpy(), k.numpy(), self.level[anchor].numpy(), alpha.numpy(),
+            np.full(len(k), weight),
+        )  # fmt: skip
 
 
-def _entries(
-    x: torch.Tensor,
-    label: torch.Tensor,
-    levels: torch.Tensor,
-    rows: torch.Tensor,
-    classes: torch.Tensor,
-    weight: NDArray[np.float64],
-) -> Examples:
-    is_positive = label[rows] == classes
-    logit = x[rows, classes]
-    x_t = torch.where(is_positive, logit, -logit)
-    return Examples(x_t.numpy(), is_positive.numpy(), classes.numpy(), levels[rows].numpy(), weight)
+def balance(loss: ClassLoss, num_classes: int) -> tuple[torch.Tensor, float]:
+    """What the loss multiplies positives by, (K,), and negatives."""
+    alpha = loss.alpha
+    positive = torch.as_tensor(1.0 if alpha is None else alpha, dtype=torch.float64, device="cpu").expand(num_classes)
+    if loss.negative_weight is not None:
+        return positive, loss.negative_weight
+    return positive, 1.0 if alpha is None or isinstance(alpha, torch.Tensor) else 1 - alpha
 
 
 # ---- what they show ---------------------------------------------------------------------------------------------
 
 
 def focal_losses(x_t: NDArray[np.float32], gamma: float) -> NDArray[np.float64]:
-    """(1 - p_t)^gamma times -log(p_t), without alpha, which is the same for all of a side."""
+    """(1 - p_t)^gamma times -log(p_t), without alpha."""
     x = x_t.astype(np.float64)
     log_wrong = -np.logaddexp(0, x)  # log(1 - p_t)
     losses: NDArray[np.float64] = np.exp(gamma * log_wrong) * np.logaddexp(0, -x)
@@ -184,7 +222,7 @@ def cumulate(losses: NDArray[np.float64], weight: NDArray[np.float64]) -> Cumula
 
 
 class Row(NamedTuple):
-    """One line of the table: some examples under one gamma."""
+    """One line of the table: one side of some examples under one gamma."""
 
     group: str
     """all, a class, or a level."""
@@ -196,26 +234,35 @@ class Row(NamedTuple):
     """Their sum, with alpha."""
     hardest: tuple[float, ...]
     """Share of the loss held by the hardest, for each of HARDEST."""
+    ratio: float | None
+    """Loss of the group's positives over that of its negatives; None if that is 0."""
+    calibration_error: float
+    """Of the group, both sides together."""
 
 
-def loss_table(examples: Examples, *, gammas: Sequence[float], alpha: float | None, names: Sequence[str]) -> list[Row]:
+def loss_table(examples: Examples, *, gammas: Sequence[float], names: Sequence[str]) -> list[Row]:
     """The table for all examples, for each class and for each level that has any positive."""
-    groups = {"all": np.ones(len(examples.x_t), bool)}
+    rows = rows_of(examples, "all", gammas)
     for k in np.unique(examples.label[examples.positive]):
-        groups[names[k]] = examples.label == k
+        rows += rows_of(examples.where(examples.label == k), names[k], gammas)
     for level in np.unique(examples.level[examples.positive]):
-        groups[f"P{level + 3}"] = examples.level == level
-    weights = {"positive": 1.0 if alpha is None else alpha, "negative": 1.0 if alpha is None else 1 - alpha}
+        rows += rows_of(examples.where(examples.level == level), f"P{level + 3}", gammas)
+    return rows
+
+
+def rows_of(examples: Examples, group: str, gammas: Sequence[float]) -> list[Row]:
+    """The lines of the table about one group, positives first under each gamma."""
+    sides = {"positive": examples.where(examples.positive), "negative": examples.where(~examples.positive)}
+    error = calibration(examples).expected_error
     rows = []
     for gamma in gammas:
-        losses = focal_losses(examples.x_t, gamma)
-        for group, mask in groups.items():
-            for side, alpha_t in weights.items():
-                chosen = mask & (examples.positive == (side == "positive"))
-                cumulated = cumulate(losses[chosen], examples.weight[chosen])
-                held = tuple(cumulated.held_by_hardest(share) for share in HARDEST)
-                total = alpha_t * float((losses * examples.weight)[chosen].sum())
-                rows.append(Row(group, gamma, side, float(examples.weight[chosen].sum()), total, held))
+        losses = {side: focal_losses(some.x_t, gamma) * some.alpha for side, some in sides.items()}
+        total = {side: float(losses[side] @ some.weight) for side, some in sides.items()}
+        ratio = total["positive"] / total["negative"] if total["negative"] else None
+        for side, some in sides.items():
+            cumulated = cumulate(losses[side], some.weight)
+            held = tuple(cumulated.held_by_hardest(share) for share in HARDEST)
+            rows.append(Row(group, gamma, side, float(some.weight.sum()), total[side], held, ratio, error))
     return rows
 
 
@@ -254,18 +301,11 @@ def calibration(examples: Examples, *, bins: int = 15, above: float = 0.05) -> C
         )
 
 
-def loss_holders(
-    examples: Examples, *, gamma: float, alpha: float | None
-) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
+def loss_holders(examples: Examples, *, gamma: float) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
     """A few numbers to watch, and the probabilities of the truth of positives and negatives."""
-    everything = np.ones(len(examples.x_t), np.int64)
-    all_alike = examples._replace(label=0 * everything)
-    rows = {
-        row.side: row for row in loss_table(all_alike, gammas=[gamma], alpha=alpha, names=["all"]) if row.group == "all"
-    }
-    values = {"calibration_error": calibration(examples).expected_error}
+    positive, negative = rows_of(examples, "all", [gamma])
+    values = {"calibration_error": positive.calibration_error}
     if examples.positive.any():
-        positive, negative = rows["positive"], rows["negative"]
         values["positive_loss_of_hardest_20_percent"] = positive.hardest[3]
         values["negative_loss_of_hardest_1_percent"] = negative.hardest[1]
         values["positive_over_negative_loss"] = positive.loss / max(negative.loss, 1e-12)
@@ -295,7 +335,9 @@ def analyze_checkpoint(
         config, split_of(config, split), categories=state.categories, problems_file=output_dir / f"problems_{split}.tsv"
     )
     model = model_of(state, device)
-    loss = build_loss(config.model_copy(update={"loss": LossConfig()}))  # only to match
+    if state.origin:  # another program's: how its anchors were matched is for the user to say
+        state.config = state.config.model_copy(update={"matching": config.matching})
+    loss = build_loss(state.config, alpha=state.alpha)
     with Progress(console=Console(highlight=False)) as bar:
         task = bar.add_task(f"looking at {len(dataset)} images", total=len(dataset))
         examples = collect_examples(
@@ -304,66 +346,110 @@ def analyze_checkpoint(
         )  # fmt: skip
     if not examples.positive.any():
         raise DatasetError(f"{dataset.annotations}: no anchor is positive, so there is nothing to analyze")
-    return write_analysis(examples, config, names=state.categories.names, gammas=gammas, output_dir=output_dir)
+    notes = differences(config, state.config) + not_as_trained(loss.class_loss)
+    return write_analysis(
+        examples, loss.class_loss, names=state.categories.names, gammas=gammas, output_dir=output_dir, notes=notes
+    )
+
+
+def differences(config: Config, trained: Config) -> list[str]:
+    """A sentence for each setting of the loss that the config has otherwise than the checkpoint."""
+    ours, theirs = (flatten(c.model_dump(include={"loss", "matching"})) for c in (config, trained))
+    return [
+        f"{key} is the checkpoint's {theirs[key]}, not the config's {ours[key]}"
+        for key in ours
+        if ours[key] != theirs[key]
+    ]
+
+
+def not_as_trained(loss: ClassLoss) -> list[str]:
+    """A sentence if the loss is another than the sigmoid focal loss of every entry."""
+    if loss.kind == "focal" and loss.activation == "sigmoid":
+        return []
+    return [
+        f"what is analyzed is not what was trained: that was {loss.kind} on a {loss.activation}, this is the focal loss of "
+        "each class's sigmoid against all else, over all anchors"
+    ]
 
 
 def write_analysis(
-    examples: Examples, config: Config, *, names: Sequence[str], gammas: Sequence[float], output_dir: Path
+    examples: Examples,
+    loss: ClassLoss,
+    *,
+    names: Sequence[str],
+    gammas: Sequence[float],
+    output_dir: Path,
+    notes: Sequence[str] = (),
 ) -> list[str]:
-    """Figures, loss.csv and loss.json of a collection; returns a summary."""
-    alpha = config.loss.alpha if isinstance(config.loss.alpha, float | int) else None
-    rows = loss_table(examples, gammas=gammas, alpha=alpha, names=names)
+    """Figures, loss.csv and loss.json of a collection; returns a summary that begins with the notes."""
+    rows = loss_table(examples, gammas=gammas, names=names)
     with (output_dir / "loss.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["group", "gamma", "side", "entries", "loss", *(f"held by hardest {s:.1%}" for s in HARDEST)])
+        hardest = (f"held by hardest {share:.1%}" for share in HARDEST)
+        writer.writerow(
+            ["group", "gamma", "side", "entries", "loss", *hardest, "positive : negative loss", "calibration error"]
+        )
         for row in rows:
-            writer.writerow(
-                [
-                    row.group,
-                    row.gamma,
-                    row.side,
-                    round(row.entries),
-                    f"{row.loss:.6g}",
-                    *(f"{h:.4f}" for h in row.hardest),
-                ]
-            )
+            numbers = (*(f"{share:.4f}" for share in row.hardest), "" if row.ratio is None else f"{row.ratio:.4g}")
+            place = (row.group, row.gamma, row.side, round(row.entries), f"{row.loss:.6g}")
+            writer.writerow([*place, *numbers, f"{row.calibration_error:.4f}"])
     scores = calibration(examples)
-    histograms = {
-        side: histogram(examples.where(examples.positive == (side == "positive"))) for side in ("positive", "negative")
+    sides = {"positive": examples.where(examples.positive), "negative": examples.where(~examples.positive)}
+    histograms = {side: histogram(some) for side, some in sides.items()}
+    curves: dict[str, dict[str, Cumulated]] = {
+        side: {f"{gamma:g}": cumulate(focal_losses(some.x_t, gamma) * some.alpha, some.weight) for gamma in gammas}
+        for side, some in sides.items()
     }
+    alpha, negative_weight = balance(loss, len(names))
     record = {
-        "alpha": alpha,
+        "loss": {"cls": loss.kind, "activation": loss.activation, "gamma": loss.gamma},
+        "alpha": dict(zip(names, alpha.tolist(), strict=True)),
+        "negative_weight": negative_weight,
+        "notes": list(notes),
+        "looked_at": {side: {"entries": len(s.x_t), "of": round(s.weight.sum())} for side, s in sides.items()},
         "rows": [{**row._asdict(), "hardest": dict(zip(map(str, HARDEST), row.hardest, strict=True))} for row in rows],
         "p_t": {side: counts.tolist() for side, (_, counts) in histograms.items()},
+        "curves": {side: {g: as_points(c, 100) for g, c in by.items()} for side, by in curves.items()},
+        "reliability": {key: numbers_of(values) for key, values in scores._asdict().items()},
         "expected_calibration_error": scores.expected_error,
     }
     write_json(record, output_dir / "loss.json")
-    curves: dict[str, dict[str, Curve]] = {"positive": {}, "negative": {}}
-    for gamma in gammas:
-        losses = focal_losses(examples.x_t, gamma)
-        for side, lines in curves.items():
-            chosen = examples.positive == (side == "positive")
-            cumulated = cumulate(losses[chosen], examples.weight[chosen])
-            lines[f"gamma {gamma:g}"] = thinned(cumulated.examples, cumulated.loss)
-    save(cumulative_loss(curves["positive"], curves["negative"]), output_dir / "cumulative_loss.svg")
+    lines = [{f"gamma {g}": thinned(*c) for g, c in curves[side].items()} for side in ("positive", "negative")]
+    save(cumulative_loss(*lines), output_dir / "cumulative_loss.svg")
     save(probabilities(histograms["positive"], histograms["negative"]), output_dir / "probabilities.svg")
     figure = reliability(scores.score.tolist(), scores.frequency.tolist(), expected_error=scores.expected_error)
     save(figure, output_dir / "calibration.svg")
-    return summary(rows, scores)
+    return [*notes, *summary(rows, examples)]
 
 
-def summary(rows: Sequence[Row], scores: Calibration) -> list[str]:
-    """The table for all examples, to be read."""
-    lines = ["gamma  positives: loss held by hardest 10 %  20 %   negatives: 0.1 %   1 %   positive : negative loss"]
-    by = {(row.gamma, row.side): row for row in rows if row.group == "all"}
-    for gamma in dict.fromkeys(row.gamma for row in rows):
-        positive, negative = by[gamma, "positive"], by[gamma, "negative"]
-        ratio = positive.loss / negative.loss if negative.loss else math.inf
+def as_points(cumulated: Cumulated, points: int) -> dict[str, list[float | None]]:
+    """A curve for JSON."""
+    examples, loss = thinned(*cumulated, points=points)
+    return {"examples": numbers_of(examples), "loss": numbers_of(loss)}
+
+
+def numbers_of(values: NDArray[np.float64]) -> list[float | None]:
+    """For JSON, which has no NaN."""
+    return [None if math.isnan(value) else round(value, 7) for value in values.tolist()]
+
+
+def summary(rows: Sequence[Row], examples: Examples) -> list[str]:
+    """How much was looked at, and the table for all examples, to be read."""
+    num_positive, total = int(examples.positive.sum()), round(examples.weight[~examples.positive].sum())
+    num_negative = len(examples.x_t) - num_positive
+    negatives = f"all {total:,}" if num_negative == total else f"a sample of {num_negative:,} of the {total:,}"
+    lines = [
+        f"looked at all {num_positive:,} positive entries (an anchor and a class) and {negatives} negative ones",
+        "gamma  positives: loss held by hardest 10 %  20 %   negatives: 0.1 %   1 %   positive : negative loss",
+    ]
+    overall = [row for row in rows if row.group == "all"]
+    for positive, negative in zip(overall[::2], overall[1::2], strict=True):
+        ratio = math.inf if positive.ratio is None else positive.ratio
         lines.append(
-            f"{gamma:5g}  {positive.hardest[2]:31.0%}  {positive.hardest[3]:5.0%}  {negative.hardest[0]:18.0%}  "
-            f"{negative.hardest[1]:5.0%}  {ratio:26.3g}"
+            f"{positive.gamma:5g}  {positive.hardest[2]:31.0%}  {positive.hardest[3]:5.0%}  "
+            f"{negative.hardest[0]:18.0%}  {negative.hardest[1]:5.0%}  {ratio:26.3g}"
         )
-    lines.append(f"expected calibration error of scores above 0.05: {scores.expected_error:.3f}")
+    lines.append(f"expected calibration error of scores above 0.05: {rows[0].calibration_error:.3f}")
     return lines
 
 
@@ -378,6 +464,6 @@ def thinned(x: NDArray[np.float64], y: NDArray[np.float64], points: int = 800) -
     """A rising curve with few points, dense at its end, where everything happens."""
     if len(x) <= points:
         return x, y
-    wanted = 1 - np.geomspace(1, 1e-6, points)
-    at = np.unique(np.searchsorted(x, wanted).clip(max=len(x) - 1))
-    return np.r_[x[at], x[-1]], np.r_[y[at], y[-1]]
+    wanted = 1 - np.geomspace(1, 1 / len(x), points)
+    at = np.unique([*np.searchsorted(x, wanted).clip(max=len(x) - 1)[:-1], len(x) - 1])
+    return x[at], y[at]

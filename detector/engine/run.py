@@ -297,8 +297,7 @@ class Run:
             self.evaluated_model, self.loss, val_set, self.config, device=self.device, indices=indices,
             max_negatives=100_000,
         )  # fmt: skip
-        alpha = self.config.loss.alpha if isinstance(self.config.loss.alpha, float) else None
-        values, p_t = loss_holders(examples, gamma=self.config.loss.gamma, alpha=alpha)
+        values, p_t = loss_holders(examples, gamma=self.loss.class_loss.gamma)
         self.log.loss_holders(values, p_t, self.state.step)
 
     def snapshot(self) -> TrainState:
