@@ -822,7 +822,9 @@ def _written_path(loc: tuple[int | str, ...], values: Any, problem: str) -> KeyP
     """The part of a pydantic location that was written by the user (unions add the names of their members)."""
     path: KeyPath = ()
     for part in loc:
-        if (isinstance(values, dict) and part in values) or (isinstance(values, list) and isinstance(part, int)):
+        if (isinstance(values, dict) and part in values) or (
+            isinstance(values, list) and isinstance(part, int) and part < len(values)
+        ):
             values = values[part]  # type: ignore[index]
         elif problem != "missing" or part != loc[-1]:
             continue

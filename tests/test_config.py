@@ -334,6 +334,17 @@ def test_numbers_must_be_finite(text: str, write: Write) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "missing"),
+    [("eval.max_dets", "[100]", 1), ("optim.betas", "[0.9]", 1), ("model.pixel_mean", "[1,2]", 2)],
+)
+def test_a_list_that_is_too_short_is_told_with_the_place_that_is_missing(
+    key: str, value: str, missing: int, write: Write
+) -> None:
+    text = mistakes(write("data: {train: {images: i, annotations: a}}"), f"{key}={value}")
+    assert f"  {key}.{missing}: field required, got " in text
+
+
+@pytest.mark.parametrize(
     ("key", "value", "told"),
     [
         ("train.epochs", "true", "valid integer, got true"),

@@ -171,7 +171,7 @@ def mistakes(setup: Setup, folder: Path) -> dict[str, tuple[Any, list[str], list
         "val has other classes", "run exists", "init-from missing", "init-from odd", "resume missing",
         "weights missing", "checkpoint missing", "checkpoint damaged", "checkpoint foreign", "model contradicts", "split missing",
         "data has other classes", "results missing", "results foreign", "inputs missing", "predictor missing",
-        "cuda missing",
+        "cuda missing", "output is a file", "predictions into a file", "scores into a file",
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_in_one_error_and_ends_with_2(

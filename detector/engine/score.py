@@ -43,6 +43,8 @@ def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_d
     with distributed.process_group(config.train.device) as device:
         named = split_of(config, split)
         main = distributed.rank() == 0
+        if main:
+            make_folder(output_dir)
         problems_file = output_dir / f"problems_{split}.tsv" if main else None
         dataset = open_split(config, named, categories=state.categories, problems_file=problems_file)
         console = Console(highlight=False, soft_wrap=True, quiet=not main)
@@ -56,7 +58,6 @@ def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_d
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )  # fmt: skip
         if main:
-            make_folder(output_dir)
             write_results(output_dir / "detections.json", results)
             write_json(metrics.to_json(), output_dir / "metrics.json")
     return metrics
