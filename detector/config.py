@@ -344,7 +344,7 @@ class OptimConfig(Section):
     backbone_lr_factor: NonNegative = 1.0
     schedule: Literal["multistep", "cosine"] = "multistep"
     # Fractions of the run after which the rate is multiplied by gamma (multistep): 60,000 and 80,000 of 90,000.
-    milestones: tuple[Fraction, ...] = (2 / 3, 8 / 9)
+    milestones: tuple[NonNegative, ...] = (2 / 3, 8 / 9)
     gamma: Positive = 0.1
     final_lr_factor: Fraction = 0.0  # of the rate at the end of a cosine
     warmup_steps: Annotated[int, Field(ge=0)] = 500  # clamped, with a warning, to the length of a shorter run
@@ -353,6 +353,11 @@ class OptimConfig(Section):
 
     @model_validator(mode="after")
     def _milestones_ordered(self) -> OptimConfig:
+        if max(self.milestones, default=0) > 1:
+            raise ValueError(
+                f"milestones must be fractions of the run, neither epochs nor steps, got {list(self.milestones)}: epoch 8 of 12 "
+                f"is {8 / 12:.4f}"
+            )
         if list(self.milestones) != sorted(self.milestones):
             raise ValueError(f"milestones must ascend, got {list(self.milestones)}")
         return self
@@ -420,7 +425,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: every mistake found, together.
     """
-    tree = _Tree({}, {})
+    tree = _Tree({}, {}, {})
     _merge(tree, _read_file(path, ()))
     for override in overrides:
         _apply_override(tree, override)
@@ -433,7 +438,7 @@ def with_overrides(config: Config, overrides: Iterable[str]) -> Config:
     Raises:
         ConfigError: every mistake found, together.
     """
-    tree = _Tree(json.loads(config.model_dump_json()), {})
+    tree = _Tree(json.loads(config.model_dump_json()), {}, {})
     for override in overrides:
         _apply_override(tree, override)
     return _validate(tree)
@@ -445,7 +450,7 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
     Raises:
         ConfigError: every mistake found, naming `source`.
     """
-    return _validate(_Tree(dict(values), {(): source}))
+    return _validate(_Tree(dict(values), {(): source}, {}))
 
 
 def resolve_data_paths(config: Config) -> Config:
@@ -518,6 +523,7 @@ COMMAND_LINE = "command line"
 class _Tree(NamedTuple):
     values: dict[str, Any]
     sources: dict[KeyPath, str]  # of every key, "file:line" or COMMAND_LINE
+    mistakes: dict[KeyPath, str]  # of keys that cannot be what two sources say of them
 
 
 class _Loader(yaml.SafeLoader):
@@ -577,6 +583,10 @@ def _note_lines(node: yaml.Node, at: KeyPath, source: str, lines: dict[KeyPath, 
         here = f"{source}:{key.start_mark.line + 1}"
         if path in lines:
             raise ConfigError(f"{here}: `{'.'.join(path)}` stands twice, first at {lines[path]}; remove one")
+        if isinstance(value, yaml.ScalarNode) and not value.value and not value.style and _needs_a_value(path):
+            raise ConfigError(
+                f"{here}: `{'.'.join(path)}` is left empty; give it a value, or delete the line (null, written out, is the default)"
+            )
         lines[path] = here
         _note_lines(value, path, source, lines)
 
@@ -605,10 +615,10 @@ def _read_file(path: Path, parents: tuple[Path, ...]) -> _Tree:
         bases = [bases]
     if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases):
         raise ConfigError(f"{path}: `_base_` must be a path or a list of paths, got {bases!r}")
-    tree = _Tree({}, {})
+    tree = _Tree({}, {}, {})
     for base in bases:
         _merge(tree, _read_file(path.parent / base, (*parents, resolved)))
-    _merge(tree, _Tree(values, lines))
+    _merge(tree, _Tree(values, lines, {}))
     return tree
 
 
@@ -626,8 +636,12 @@ def _merge(into: _Tree, new: _Tree) -> None:
                 merge(before, value, path)
                 continue
             where = _first_source(path, new.sources)
+            mistake = None
             if before is not None:
-                _require_replaceable(path, before, _first_source(path, into.sources), value, where)
+                mistake = _irreplaceable(path, before, _first_source(path, into.sources), value, where)
+            if mistake is not None:
+                into.mistakes[path] = mistake
+                continue
             for stale in [p for p in into.sources if p[: len(path)] == path]:
                 del into.sources[stale]
             into.sources[path] = where
@@ -635,24 +649,29 @@ def _merge(into: _Tree, new: _Tree) -> None:
 
     merge(into.values, new.values, ())
     into.sources.update(new.sources)
+    into.mistakes.update(new.mistakes)
 
 
-def _require_replaceable(path: KeyPath, before: Any, said_at: str, value: Any, where: str) -> None:
-    """Refuse to lose a setting that somebody wrote down and nobody asked to remove."""
+def _irreplaceable(path: KeyPath, before: Any, said_at: str, value: Any, where: str) -> str | None:
+    """Why a setting that somebody wrote down may not be lost to another, if nobody asked to remove it."""
     key = ".".join(path)
     if value is None:
         field = _field(path)
         required = field is not None and _nested_section(field.annotation) is not None and not _may_be_null(field)
         if required and where != COMMAND_LINE:
-            raise ConfigError(
+            return (
                 f"{where}: `{key}` must not be empty (null), because that would wipe everything that {said_at} says of it; "
                 "delete the line, or name below it what should change"
             )
     elif isinstance(value, dict) != isinstance(before, dict):
-        raise ConfigError(
+        remedy = "remove one (part of a section is set by its own key, as train.epochs=3)"
+        if isinstance(value, bool):
+            remedy = "{} has the section with what it says elsewhere or by default, null has it not"
+        return (
             f"`{key}` must be a section or a value, not both, got {_show(before)} [{said_at}] and then {_show(value)} "
-            f"[{where}]; remove one (part of a section is set by its own key, as train.epochs=3)"
+            f"[{where}]; {remedy}"
         )
+    return None
 
 
 def _apply_override(tree: _Tree, override: str) -> None:
@@ -660,8 +679,11 @@ def _apply_override(tree: _Tree, override: str) -> None:
     parts = tuple(key.strip().split("."))
     field = _field(parts)
     is_text = field is not None and field.annotation in (str, str | None)
-    if not sign or not all(parts) or (is_text and not text):
-        raise ConfigError(f"override must be key=value, for example train.epochs=3, got {override!r}")
+    if not sign or not all(parts) or not text.strip():
+        tree.mistakes[parts] = f"override must be key=value, for example train.epochs=3, got {override!r}" + (
+            "; null in place of a value means the default or, where there is one, none" if sign and all(parts) else ""
+        )
+        return
     lines: dict[KeyPath, str] = {}
     value: Any = text
     if not is_text:
@@ -671,7 +693,7 @@ def _apply_override(tree: _Tree, override: str) -> None:
     nested: Any = _text_keys(value)
     for part in reversed(parts):
         nested = {part: nested}
-    _merge(tree, _Tree(nested, {(*parts, *path): COMMAND_LINE for path in ((), *lines)}))
+    _merge(tree, _Tree(nested, {(*parts, *path): COMMAND_LINE for path in ((), *lines)}, {}))
 
 
 # ---- telling mistakes -------------------------------------------------------------------------------------------
@@ -732,10 +754,13 @@ def _suggest(path: KeyPath) -> str:
 
 
 def _source(path: KeyPath, message: str, sources: Mapping[KeyPath, str]) -> str:
-    """Where a key was written, or those that the message names, or the nearest section around."""
-    if path in sources:
-        return sources[path]
-    inside = {where: None for key, where in sources.items() if key[: len(path)] == path and key[-1] in message}
+    """Where the keys below this one were written that the message names, or the key itself, or the nearest section around."""
+    named = set(re.findall(r"\w+(?:\.\w+)*", message))
+    inside = {
+        where: None
+        for key, where in sources.items()
+        if key[: len(path)] == path and ".".join(key[len(path) :]) in named
+    }
     if inside:
         return ", ".join(inside)
     return next((sources[path[:end]] for end in range(len(path), -1, -1) if path[:end] in sources), "defaults")
@@ -749,17 +774,20 @@ def _first_source(path: KeyPath, sources: Mapping[KeyPath, str]) -> str:
 
 def _validate(tree: _Tree) -> Config:
     values = _without_nulls(tree.values, Config)
+    lines = [f"  {mistake}" for mistake in tree.mistakes.values()]
     try:
         # By way of JSON, pydantic's strict mode takes lists for tuples but still no text for numbers.
-        return Config.model_validate_json(json.dumps(values, default=str))
+        config = Config.model_validate_json(json.dumps(values, default=str))
     except ValidationError as invalid:
-        mistakes = _mistakes(invalid, values)
-        lines = [
+        lines += [
             f"  {'.'.join(path) or 'config'}: {message}  [{_source(path, message, tree.sources)}]"
-            for path, message in mistakes
+            for path, message in _mistakes(invalid, values)
+            if not any(path[: len(told)] == told for told in tree.mistakes)
         ]
+    if lines:
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         raise ConfigError("\n".join([f"the config has {count}:", *lines])) from None
+    return config
 
 
 def _mistakes(invalid: ValidationError, values: dict[str, Any]) -> list[tuple[KeyPath, str]]:
@@ -775,13 +803,27 @@ def _mistakes(invalid: ValidationError, values: dict[str, Any]) -> list[tuple[Ke
             mistakes.append((path, message))
         elif error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]:
             continue  # long enough, but its items are wrong, which is told by itself
+        elif error["type"] in ("model_type", "dict_type"):
+            wrong.setdefault((path, _show(error["input"])), []).append(
+                "must be a section ({} is one with all defaults)"
+            )
+        elif error["type"] in ("too_short", "too_long"):
+            wrong.setdefault((path, _show(error["input"])), []).append(_length_wanted(error["ctx"]))
         else:
             wrong.setdefault((path, _show(error["input"])), []).append(message[0].lower() + message[1:])
+    lists = {path[:-1] for path, _ in wrong if path[-1].isdigit()}  # whose items are told
     for (path, got), messages in wrong.items():
+        if path in lists:
+            continue
         first, *others = dict.fromkeys(messages)
         expected = " or ".join([first, *(text.removeprefix("input should be ") for text in others)])
         mistakes.append((path, f"{expected}, got {got}"))
     return mistakes
+
+
+def _length_wanted(ctx: Mapping[str, Any]) -> str:
+    few = "min_length" in ctx
+    return f"input should be a list of at {'least' if few else 'most'} {ctx['min_length' if few else 'max_length']}"
 
 
 def _without_nulls(values: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
@@ -807,6 +849,14 @@ def _field(path: KeyPath) -> FieldInfo | None:
         field = section.model_fields.get(name) if section is not None else None
         section = _nested_section(field.annotation) if field is not None else None
     return field
+
+
+def _needs_a_value(path: KeyPath) -> bool:
+    """Whether a key is a setting, and one that says nothing of itself about null."""
+    field = _field(path)
+    return field is not None and not (
+        _may_be_null(field) or field.annotation is str or _nested_section(field.annotation)
+    )
 
 
 def _may_be_null(field: FieldInfo) -> bool:

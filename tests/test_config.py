@@ -167,7 +167,7 @@ def test_an_empty_section_of_a_file_must_not_wipe_what_its_base_says(write: Writ
     ):
         path = write(f"_base_: base.yaml\n{text}", base=base)
         told = mistakes(path)
-        assert told.startswith(f"{path}:{line}: `{key}` must not be empty")
+        assert f"  {path}:{line}: `{key}` must not be empty" in told
         assert f"wipe everything that {path.with_name('base.yaml')}:1 says of it" in told
     assert "`loss` must not be empty" in mistakes(write("_base_: [a.yaml, b.yaml]", a="loss: {gamma: 1}", b="loss:"))
 
@@ -198,7 +198,7 @@ def test_a_section_and_a_value_of_the_same_key_are_told_with_both_files(
 ) -> None:
     path = write(f"_base_: base.yaml\n{main}\n", base=base)
     told = mistakes(path)
-    assert told.startswith(f"`{key}` must be a section or a value, not both, got ")
+    assert told.startswith(f"the config has 1 mistake:\n  `{key}` must be a section or a value, not both, got ")
     assert f"[{path.with_name('base.yaml')}:1]" in told
     assert f"[{path}:2]" in told
 
@@ -254,8 +254,30 @@ def test_an_override_that_would_discard_another_or_the_files_is_told(
 ) -> None:
     path = write("train: {ema: null}\ndata: {train: {images: i}}\n")
     told = mistakes(path, *overrides).replace(str(path), path.name)
-    assert re.match(r"`[a-z.]+` must be a section or a value, not both, got ", told)
+    assert re.search(r"\n  `[a-z.]+` must be a section or a value, not both, got ", told)
     assert got in told
+
+
+def test_a_section_that_is_a_value_hides_no_other_mistake_and_is_told_how_to_be_one(write: Write) -> None:
+    told = mistakes(write("train: {ema: {}}"), "train.ema=true", "optim.lr=", "optim.lrr=3")
+    assert told.splitlines() == [
+        "the config has 3 mistakes:",
+        f"  `train.ema` must be a section or a value, not both, got {{}} [{write('train: {ema: {}}')}:1] and then true "
+        "[command line]; {} has the section with what it says elsewhere or by default, null has it not",
+        "  override must be key=value, for example train.epochs=3, got 'optim.lr='; null in place of a value means the default "
+        "or, where there is one, none",
+        "  optim.lrr: unknown key; did you mean optim.lr?  [command line]",
+    ]
+    assert "train.ema: must be a section ({} is one with all defaults), got true" in mistakes(
+        write("train: {ema: true}")
+    )
+
+
+def test_a_setting_left_empty_in_a_file_is_not_taken_for_the_default(write: Write) -> None:
+    path = write("_base_: base.yaml\noptim:\n  lr:\n", base="optim: {lr: 0.5}")
+    assert mistakes(path).startswith(f"{path}:3: `optim.lr` is left empty; give it a value, or delete the line")
+    assert load_config(write("_base_: base.yaml\noptim: {lr: null}", base="optim: {lr: 0.5}")).optim == Config().optim
+    assert load_config(write("loss: {alpha: }\ntrain: {micro_batch: }")).loss.alpha is None
 
 
 def test_lists_and_values_replace_each_other(write: Write) -> None:
@@ -293,7 +315,9 @@ def test_weights_that_are_null_are_not_taken_for_imagenets(write: Write) -> None
     assert f"{told}  [{path}:2]" in mistakes(path)
 
 
-@pytest.mark.parametrize("override", ["", "train.epochs", "=3", "train..epochs=3", ".=1", "train.init_from="])
+@pytest.mark.parametrize(
+    "override", ["", "train.epochs", "=3", "train..epochs=3", ".=1", "train.init_from=", "optim.lr=", "optim.lr= "]
+)
 def test_an_override_must_be_key_and_value(override: str, write: Write) -> None:
     assert "override must be key=value, for example train.epochs=3" in mistakes(write(), override)
 
@@ -364,7 +388,7 @@ def test_a_list_that_is_too_short_is_told_with_the_place_that_is_missing(
         ("train.compile", "on", "'auto' or a valid boolean, got 'on'"),
         ("model.anchors.strides", "foo", "valid array or 'grid', got 'foo'"),
         ("train.seed", "9223372036854775808", "less than 9223372036854775808, got 9223372036854775808"),
-        ("train", "3", "input should be an object, got 3"),
+        ("train", "3", re.escape("must be a section ({} is one with all defaults), got 3")),
     ],
 )
 def test_wrong_values_are_told_once_with_key_and_value(key: str, value: str, told: str, write: Write) -> None:

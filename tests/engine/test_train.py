@@ -422,9 +422,3 @@ def test_pictures_that_vanish_while_a_run_goes_on_do_not_end_it_if_it_may_skip(
     monkeypatch.setattr(train_module, "prove_pipeline", lambda *_, **__: "")
     assert train(config, tmp_path / "run")["AP"] >= 0
     assert capsys.readouterr().err.count("0010.png: no such file; it is left out") == 2
-
-
-def test_pictures_of_the_val_set_are_drawn_for_tensorboard(data: TinyData, tmp_path: Path) -> None:
-    train(tiny_config(tmp_path, data, **SHORT, train__images_every_epochs=1), tmp_path / "with")
-    size = sum(p.stat().st_size for p in (tmp_path / "with").glob("events.*"))
-    assert size > 20_000
