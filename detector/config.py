@@ -370,6 +370,7 @@ class EvalConfig(Section):
     engine: Literal["hotcoco", "pycocotools"] = "hotcoco"  # the same numbers; hotcoco is about eighty times faster
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     batch_size: PositiveInt | None = None  # null: train.batch_size (or micro_batch)
+    loss: bool = True  # in training, the loss of data.val too; on a GPU that takes a second look at each picture
     max_dets: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 10, 100)
 
     @model_validator(mode="after")

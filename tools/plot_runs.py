@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,15 @@ def main(argv: list[str] | None = None) -> int:
         labelled = sign and not Path(text).is_dir()  # a run's own name may hold the sign: runs/lr=0.01
         records = read_records(Path(folder if labelled else text))
         name = label if labelled else Path(text).name
-        steps = [r for r in records if "loss" in r]
+        steps = [r for r in records if "lr" in r]
         scores = [r for r in records if r.get("split") == "val"]
         loss_axes.plot([r["epoch"] for r in steps], [r["loss"] for r in steps], color=color, linewidth=1, label=name)
         epochs = [r["epoch"] for r in scores]
+        losses = [r.get("loss", math.nan) for r in scores]
+        loss_axes.plot(epochs, losses, color=color, linewidth=1, linestyle=":", marker=".", markersize=3)
         ap_axes.plot(epochs, [r["AP"] for r in scores], color=color, marker="o", markersize=3, label=f"{name}: AP")
         ap_axes.plot(epochs, [r["AP50"] for r in scores], color=color, marker="o", markersize=3, linestyle=":")
-    loss_axes.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    loss_axes.set(xlabel="epoch", ylabel="loss (of val dotted)", yscale="log")
     ap_axes.set(xlabel="epoch", ylabel="val AP (AP50 dotted)", ylim=(0, 1))
     ap_axes.legend(fontsize="small")
     for axes in (loss_axes, ap_axes):

@@ -237,6 +237,9 @@ def wrap(text: str, indent: str = "", hanging: str | None = None) -> str:
 
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
-    """One line per problem: kind, where, detail and action, separated by tabs."""
+    """One line per problem: kind, where, detail and action, separated by tabs. Without any there is no file."""
+    if not problems:
+        path.unlink(missing_ok=True)  # an earlier attempt's, mended since
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join("\t".join(p) + "\n" for p in problems), encoding="utf-8", errors="backslashreplace")

@@ -47,7 +47,7 @@ from detector.datasets.coco_json import (
     read_images,
     require_coco,
 )
-from detector.datasets.images import BAD, GOOD, MISSING, ImageFacts, check_images
+from detector.datasets.images import BAD, DEEP_GREY, GOOD, MISSING, ImageFacts, check_images
 from detector.structures import Categories, GroundTruth
 
 __all__ = ["AllBoxes", "CocoDataset", "DatasetError", "Objects", "Problem", "read_coco"]
@@ -386,7 +386,7 @@ def _check_files(
         problems.append(problem("format", "images", detail))
     good &= ~wrong
     entries.sizes[good] = decoded[good]
-    deep = good & np.isin(facts.modes, [b"I;16", b"I;16B", b"I;16L", b"I;16N", b"I"])
+    deep = good & np.isin(facts.modes, [mode.encode() for mode in DEEP_GREY])
     if deep.any() and facts.peaks[deep].max() < 64:
         top = int(facts.peaks[deep].max())
         detail = f"{int(deep.sum()):,} images whose brightest pixel becomes {top} of 255: 10-bit or 12-bit values?"
@@ -397,10 +397,17 @@ def _files_note(facts: ImageFacts, alive: NDArray[np.bool_], decode: bool, looke
     if not looked:
         return "not looked at (data.verify=none)"
     modes = Counter(facts.modes[alive].tolist())
-    words = {b"L": "L (grey)", b"P": "P (palette)", b"RGBA": "RGBA (alpha dropped)", b"LA": "LA (alpha dropped)"}
-    deep = {b"I;16": " (grey, scaled by 1/257)", b"I;16B": " (grey, scaled by 1/257)", b"I": " (grey, scaled by 1/257)"}
-    told = [f"{n:,} {words.get(mode, mode.decode() + deep.get(mode, ''))}" for mode, n in modes.most_common()]
-    return f"{'every pixel decoded' if decode else 'headers read'}; {', '.join(told)}"
+    meanings = {
+        "1": "black and white", "L": "grey", "P": "palette", "RGBA": "alpha dropped", "LA": "alpha dropped",
+        **dict.fromkeys(DEEP_GREY, "grey, scaled by 1/257"),
+    }  # fmt: skip
+
+    def told(mode: str) -> str:
+        meaning = "high byte of 16 bits" if mode.endswith(";16") and mode not in DEEP_GREY else meanings.get(mode)
+        return f"{mode} ({meaning})" if meaning else mode
+
+    counted = [f"{n:,} {told(mode.decode())}" for mode, n in modes.most_common()]
+    return f"{'every pixel decoded' if decode else 'headers read'}; {', '.join(counted)}"
 
 
 def _pack(

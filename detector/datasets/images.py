@@ -56,7 +56,7 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPPING = tuple(_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))
-_DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
 class ImageError(ValueError):
@@ -191,7 +191,7 @@ def _reason(path: Path | str, error: Exception) -> str:
 def _header(image: Image.Image) -> ImageHeader:
     mode = image.mode
     tiles = getattr(image, "tile", None)
-    if mode not in _DEEP_GREY and tiles and ";16" in str(tiles[0][3]):
+    if mode not in DEEP_GREY and tiles and ";16" in str(tiles[0][3]):
         mode = f"{mode};16"
     return ImageHeader(image.width, image.height, mode, _orientation(image))
 
@@ -208,7 +208,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _DEEP_GREY:
+    if image.mode in DEEP_GREY:
         deep = np.asarray(image).astype(np.int64)
         if deep.size and (deep.min() < 0 or deep.max() > 65535):
             raise ImageError(
@@ -289,7 +289,7 @@ def check_images(
                     header = _header(image)
                     if decode:
                         rgb = _to_rgb(image)
-                        if header.mode in _DEEP_GREY:
+                        if header.mode in DEEP_GREY:
                             facts.peaks[i] = np.asarray(rgb).max(initial=0)
             except ImageError as error:
                 facts.status[i], facts.reasons[i] = BAD, str(error).removeprefix(f"{path}: ")

@@ -199,6 +199,11 @@ def unreadable(index: int) -> int:
     return -2 - index
 
 
+def too_many_unreadable(count: int, total: int) -> bool:
+    """Whether so many pictures of a set, which could be read when it was opened, are no accident: it has gone away."""
+    return count > min(total - 1, max(5, total // 20))
+
+
 def collate(samples: Sequence[Sample]) -> Batch:
     """Pad samples of one step into a batch."""
     canvas = samples[0].key.canvas

@@ -60,16 +60,24 @@ class Detector:
 
     @torch.inference_mode()
     def __call__(
-        self, images: Tensor, image_sizes: Tensor, *, original_sizes: Tensor | None = None
+        self,
+        images: Tensor,
+        image_sizes: Tensor,
+        *,
+        original_sizes: Tensor | None = None,
+        outputs: HeadOutputs | None = None,
     ) -> list[Detections]:
         """Objects of a batch, in main memory.
 
         Args:
             images: (B, 3, H, W) on the device, as the network takes them.
             image_sizes, original_sizes: as in `postprocess`; in main memory.
+            outputs: what `outputs` gave, where that is known; spares a CPU the network, and a GPU, which has it in a graph,
+                nothing.
         """
         if self.device.type == "cpu":
-            outputs = self.outputs(images, image_sizes)
+            if outputs is None:
+                outputs = self.outputs(images, image_sizes)
             return postprocess(outputs, image_sizes, original_sizes=original_sizes, **self.settings)
         return as_detections(self._places(images, image_sizes), image_sizes, original_sizes)
 

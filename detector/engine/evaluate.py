@@ -16,15 +16,16 @@ from detector.coco_eval import CocoResults, Metrics, detections_to_results, eval
 from detector.config import Config
 from detector.datasets.coco import CocoDataset, DatasetError
 from detector.datasets.images import ImageError, decode_image
-from detector.datasets.loader import DetectionDataset, build_loader, to_device, unreadable
+from detector.datasets.loader import DetectionDataset, build_loader, to_device, too_many_unreadable, unreadable
 from detector.datasets.sampling import SampleKey, eval_batches
 from detector.engine import distributed
 from detector.engine.detect import Detector
 from detector.engine.optim import resolve_precision
+from detector.losses import RetinaNetLoss
 from detector.matching import Matches
 from detector.models import RetinaNet
 from detector.postprocess import postprocess
-from detector.structures import GroundTruth, HeadOutputs, Targets
+from detector.structures import Batch, GroundTruth, HeadOutputs, Targets
 
 
 class PipelineError(RuntimeError):
@@ -38,6 +39,7 @@ def evaluate_model(
     *,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[HeadOutputs, Batch], None] | None = None,
 ) -> tuple[Metrics, CocoResults]:
     """Detect in every image of a dataset and score the result; on every process alike.
 
@@ -49,11 +51,56 @@ def evaluate_model(
         config: sizes, post-processing, precision and engine.
         device: to run on.
         progress: called with images done and in all.
+        watch: called with what the network says of each batch.
+
+    Raises:
+        DatasetError: more of the images than a few can no longer be read.
     """
-    results, lost = detect(model, coco, config, device=device, progress=progress)
+    results, lost = detect(model, coco, config, device=device, progress=progress, watch=watch)
+    if too_many_unreadable(len(lost), len(coco)):
+        raise DatasetError(gone_away(coco, lost))
     truth = _only(coco.ground_truth(), np.delete(coco.image_ids, lost))
     metrics = evaluate(truth, results, engine=config.eval.engine, max_dets=config.eval.max_dets)
     return metrics, results
+
+
+def gone_away(coco: CocoDataset, lost: Sequence[int]) -> str:
+    """What to say where too many images cannot be read any more."""
+    return (
+        f"{len(lost)} of the {len(coco)} images of {coco.annotations} can no longer be read, for example {coco.path(lost[0])}: "
+        "data.on_error=skip is for a few that break, not for a folder that goes away; bring it back"
+    )
+
+
+class ValidationLoss:
+    """The loss of training over a whole dataset, seen as in evaluation: neither augmented nor mirrored, and as one step.
+
+    Args:
+        loss: of training.
+        device: of the network.
+    """
+
+    def __init__(self, loss: RetinaNetLoss, device: torch.device) -> None:
+        self.loss = loss
+        # of loss_cls and loss_box before they are divided, positive anchors and images
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def add(self, outputs: HeadOutputs, batch: Batch) -> None:
+        """Count a batch."""
+        matches = self.loss.match(outputs.anchors, batch.targets)
+        one = torch.ones((), device=outputs.anchors.device)
+        parts = self.loss(outputs, batch.targets, matches=matches, num_pos=one, num_images=one)
+        counts = matches.num_pos.sum(), (batch.index >= 0).sum()
+        self.sums += torch.stack([parts["loss_cls"], parts["loss_box"], *counts])
+
+    def means(self) -> dict[str, float]:
+        """loss, loss_cls and loss_box, over what all processes have seen."""
+        cls, box, num_pos, num_images = distributed.sum_over_processes(self.sums.clone()).tolist()
+        images, positives = max(1.0, num_images), max(1.0, num_pos)
+        usual = positives if self.loss.normalizer == "global" else images
+        cls /= images if self.loss.class_loss.is_mean else usual
+        box /= usual
+        return {"loss": cls + box, "loss_cls": cls, "loss_box": box}
 
 
 def detect(
@@ -63,6 +110,7 @@ def detect(
     *,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[HeadOutputs, Batch], None] | None = None,
     indices: Sequence[int] | None = None,
 ) -> tuple[CocoResults, list[int]]:
     """What the model finds in a dataset (or in some of its images), in COCO's terms, sorted by image; and the positions
@@ -86,8 +134,11 @@ def detect(
     # Every picture is padded as if it were alone: far too many shapes to compile the network for.
     with torch.compiler.set_stance("force_eager"):
         for batch in loader:
-            images = to_device(batch, device).images
-            detections = detector(images, batch.image_sizes, original_sizes=batch.original_sizes)
+            there = to_device(batch, device)
+            outputs = detector.outputs(there.images, batch.image_sizes) if watch is not None else None
+            detections = detector(there.images, batch.image_sizes, original_sizes=batch.original_sizes, outputs=outputs)
+            if watch is not None and outputs is not None:
+                watch(outputs, there)
             for image_id, index, detection in zip(
                 batch.image_ids.tolist(), batch.index.tolist(), detections, strict=True
             ):
@@ -102,6 +153,17 @@ def detect(
     everyones = [results for part in distributed.gather(found) for results in part]
     everyones.sort(key=lambda results: int(results.image_ids[0]) if len(results.image_ids) else -1)
     return CocoResults.concatenate(everyones), [i for part in distributed.gather(lost) for i in part]
+
+
+def highest_score(
+    model: RetinaNet, coco: CocoDataset, config: Config, *, device: torch.device, count: int = 8
+) -> float:
+    """Of all anchors of a few images spread over the set: how near a model that finds nothing is to finding something."""
+    settings = config.postprocess.model_copy(update={"score_thresh": 0.0, "detections_per_img": 1})
+    indices = np.unique(np.linspace(0, len(coco) - 1, count).astype(int)).tolist()
+    config = config.model_copy(update={"postprocess": settings})
+    results, _ = detect(model, coco, config, device=device, indices=indices)
+    return float(results.scores.max(initial=0.0))
 
 
 def eval_batch_size(config: Config) -> int:

@@ -58,12 +58,18 @@ class Interval:
             "lr": current_lr(run.optimizer),
             "boxes": [b for t in self.targets[position] for b in t.boxes.tolist()],
         }  # fmt: skip
+        checkpoints = run.output_dir / "checkpoints"
+        kept = (
+            f"{checkpoints} holds the last good checkpoint"
+            if any(checkpoints.glob("*.pt"))
+            else "no checkpoint was saved yet"
+        )
         path = run.output_dir / "diverged.json"
         write_json(report, path)
         raise DivergedError(
             f"training diverged at step {step}: loss_cls {loss_cls}, loss_box {loss_box}, gradient norm {grad_norm}, "
             f"learning rate {report['lr']:.3g}, images {ids}.\n"
-            f"  The step's boxes are in {path}; {run.output_dir / 'checkpoints'} holds the last good checkpoint.\n"
+            f"  The step's boxes are in {path}; {kept}.\n"
             "  Usually the learning rate is too high: lower optim.lr, lengthen optim.warmup_steps or set "
             "optim.clip_grad_norm=1."
         )

@@ -12,12 +12,14 @@ from detector.anchors import AnchorGenerator, best_anchor_iou
 from detector.boxes import area
 from detector.coco_eval import ground_truth_warnings
 from detector.config import Config, ConfigError, DataConfig, LossConfig, SplitConfig
-from detector.datasets.coco import CocoDataset, read_coco
+from detector.datasets.augment import Augmentation
+from detector.datasets.coco import CocoDataset, DatasetError, read_coco
 from detector.datasets.sampling import balanced_factors, repeat_factors
 from detector.datasets.transforms import padded_size, resized_size
 from detector.losses import effective_number, inverse_frequency
 from detector.losses.class_loss import USES
 from detector.losses.retinanet import ConstantLoss
+from detector.models.reading import read_tensors
 from detector.structures import Categories
 
 FIRST_LOSS_TOLERANCE = 0.1
@@ -40,24 +42,53 @@ def open_split(
     )
 
 
+def require_settings(config: Config, *, fresh: bool) -> None:
+    """What the config alone, and files it names besides the data, can be wrong about: told at once, where looking at the data
+    may take minutes.
+
+    Args:
+        fresh: whether the weights of the backbone will be needed.
+
+    Raises:
+        ConfigError, WeightsError: the first of it.
+    """
+    if config.data.train is None:
+        raise ConfigError(
+            "data.train must name images and annotations; set data.train.images and data.train.annotations"
+        )
+    if config.data.augment:
+        Augmentation(config.data.augment, min_visibility=config.data.augment_min_visibility)
+    weights = config.model.backbone_weights
+    if fresh and weights not in ("imagenet", "none") and not Path(weights).exists():
+        read_tensors(Path(weights))  # which says so
+
+
 def open_datasets(
     config: Config, output_dir: Path, *, quiet: bool
 ) -> tuple[CocoDataset, CocoDataset | None, CocoDataset | None]:
-    """Read and check the train, val and test sets; the latter two with the classes of the first."""
+    """Read and check the train, val and test sets; the latter two with the classes of the first.
+
+    Raises:
+        DatasetError: what is wrong with any of them, together.
+    """
+    refusals: list[str] = []
 
     def opened(name: str, split: SplitConfig | None, categories: Categories | None) -> CocoDataset | None:
         if split is None:
             return None
         problems_file = None if quiet else output_dir / f"problems_{name}.tsv"
-        return open_split(config, split, categories=categories, problems_file=problems_file)
+        try:
+            return open_split(config, split, categories=categories, problems_file=problems_file)
+        except DatasetError as error:
+            refusals.append(str(error))
+            return None
 
     train_set = opened("train", config.data.train, None)
-    if train_set is None:
-        raise ConfigError(
-            "data.train must name images and annotations; set data.train.images and data.train.annotations"
-        )
-    classes = train_set.categories
-    return train_set, opened("val", config.data.val, classes), opened("test", config.data.test, classes)
+    classes = train_set.categories if train_set is not None else None
+    others = [opened("val", config.data.val, classes), opened("test", config.data.test, classes)]
+    if refusals or train_set is None:
+        raise DatasetError("\n\n".join(refusals))
+    return train_set, others[0], others[1]
 
 
 def data_warnings(

@@ -28,7 +28,7 @@ from detector.engine.analyze import collect_examples, loss_holders
 from detector.engine.checkpoint import TrainState, load_checkpoint, save_checkpoint, write_json
 from detector.engine.compiling import compile_step
 from detector.engine.errors import DivergedError, Interrupted, RunError, Stop
-from detector.engine.evaluate import evaluate_model
+from detector.engine.evaluate import ValidationLoss, evaluate_model, highest_score
 from detector.engine.interval import Interval
 from detector.engine.logger import RunLog, duration
 from detector.engine.optim import Ema, build_optimizer, resolve_precision, scaled_lr, warmup_of
@@ -63,6 +63,7 @@ class Run:
         source: TrainState | None = None,
     ) -> None:
         self.config, self.output_dir, self.device, self.log = config, output_dir, device, log
+        self.train_set = train_set
         self.precision = resolve_precision(config.train.precision, device)
         if config.model.norm == "sync_bn" and device.type == "cpu":
             raise ConfigError("model.norm must not be sync_bn on a CPU (torch has no such kernel); use bn or gn")
@@ -185,7 +186,8 @@ class Run:
                 f"{planner.factors.min():.2g} to {planner.factors.max():.2g} times"
             )
         log.info(
-            f"{config.train.epochs} epochs of {planner.steps_per_epoch} steps, {config.train.batch_size} images a step, "
+            f"{config.train.epochs} epoch{'s' * (config.train.epochs > 1)} of {planner.steps_per_epoch} steps, "
+            f"{config.train.batch_size} images a step, "
             f"{warmup_of(config.optim, total_steps)} steps of warm-up"
         )
         if self.state.step:
@@ -254,9 +256,12 @@ class Run:
         distributed.same_buffers(self.model)
         if self.ema is not None:
             distributed.same_buffers(self.ema.model)
+        losses = ValidationLoss(self.loss, self.device)
+        watch = losses.add if self.config.eval.loss else None
         metrics, results = evaluate_model(
-            self.evaluated_model, val_set, self.config, device=self.device, progress=progress
+            self.evaluated_model, val_set, self.config, device=self.device, progress=progress, watch=watch
         )
+        means = losses.means() if watch is not None else {}
         best = self.output_dir / "checkpoints" / "best.pt"
         # While AP is undefined (-1: no objects), the latest weights are taken for the best.
         improved = metrics.values["AP"] > self.state.best_ap or self.state.best_ap < 0
@@ -266,17 +271,19 @@ class Run:
         self.state.best_ap = max(metrics.values["AP"], self.state.best_ap)
         record = metrics.to_json()
         per_class = record.pop("per_class")
-        self.log.evaluation({"step": self.state.step, "epoch": epoch, "split": "val", **record}, per_class)
+        self.log.evaluation({"step": self.state.step, "epoch": epoch, "split": "val", **means, **record}, per_class)
         values = metrics.values
+        told = f"loss {means['loss']:.4f}, " if means else ""
         self.log.info(
             f"epoch {epoch}: val AP {values['AP']:.4f} AP50 {values['AP50']:.4f} AP75 {values['AP75']:.4f}"
-            f"{' (best)' if improved else ''}, {len(results.scores)} detections, "
+            f"{' (best)' if improved else ''}, {told}{len(results.scores)} detections, "
             f"{duration(time.monotonic() - started)}"
         )
         if not len(results.scores):
+            highest = highest_score(self.evaluated_model, val_set, self.config, device=self.device)
             self.log.warn(
-                f"no score above postprocess.score_thresh {self.config.postprocess.score_thresh}: usual in the first "
-                "epochs; if it lasts, look at the losses, optim.lr and the anchors"
+                f"no score above postprocess.score_thresh {self.config.postprocess.score_thresh} (the highest of some pictures is "
+                f"{highest:.4f}): usual in the first epochs; if it lasts, look at the losses, optim.lr and the anchors"
             )
         if distributed.rank() != 0:
             return

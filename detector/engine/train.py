@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from detector.config import Config, resolve_data_paths, with_micro_batch, with_model_of
 from detector.datasets.augment import Augmentation, extreme_sizes
-from detector.datasets.coco import CocoDataset
-from detector.datasets.loader import DetectionDataset, build_loader, to_device
+from detector.datasets.coco import CocoDataset, DatasetError
+from detector.datasets.loader import DetectionDataset, build_loader, to_device, too_many_unreadable, unreadable
 from detector.datasets.sampling import StepPlanner, TrainSampler
 from detector.engine import distributed
 from detector.engine.checkpoint import load_checkpoint, make_folder, require_same_data, save_checkpoint, state_to_resume
 from detector.engine.errors import Interrupted, Stop, stop_on_signal
-from detector.engine.evaluate import prove_pipeline
+from detector.engine.evaluate import gone_away, prove_pipeline
 from detector.engine.interval import Interval
 from detector.engine.logger import RunLog
 from detector.engine.memory import keep_pictures, out_of_memory, resolved_micro_batch, too_large_evaluation
 from detector.engine.optim import autocast, lr_factor, set_lr
-from detector.engine.preflight import data_warnings, open_datasets, sampling_factors
+from detector.engine.preflight import data_warnings, open_datasets, require_settings, sampling_factors
 from detector.engine.run import Run, finished_metrics
 from detector.structures import Batch
 
@@ -56,6 +56,7 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
     distributed.barrier()  # all have looked before the first writes what would make the others refuse
     if state is not None and state.finished:
         return finished_metrics(output_dir)
+    require_settings(config, fresh=origin is None)
     is_main = distributed.rank() == 0
     if is_main:
         make_folder(output_dir / "checkpoints")
@@ -148,18 +149,26 @@ def train_one_epoch(run: Run, batches: Iterator[Batch], sampler: TrainSampler, e
 
     Raises:
         DivergedError, Interrupted
+        DatasetError: more of the pictures than a few can no longer be read.
     """
     planner, config, device = sampler.planner, run.config, run.device
     plan = planner.epoch(epoch)
     world = distributed.world_size()
+    lost: list[int] = []
     run.interval.start_clock()
     for within in range(run.state.step - epoch * planner.steps_per_epoch, planner.steps_per_epoch):
         waiting = time.monotonic()
         count = sampler.num_micro_batches(len(plan[within]))
-        micro_batches = [to_device(next(batches), device) for _ in range(count)]
+        loaded = [next(batches) for _ in range(count)]
+        lost += [unreadable(i) for b in loaded for i in b.index.tolist() if i < -1]
+        micro_batches = [to_device(b, device) for b in loaded]
         run.interval.waited += time.monotonic() - waiting
         asked = stop.signum  # read once: a signal may come while the others are told
-        if int(distributed.sum_over_processes(torch.tensor(int(asked is not None)))):
+        told = distributed.sum_over_processes(torch.tensor([int(asked is not None), len(lost)]))
+        if too_many_unreadable(int(told[1]), planner.pictures_per_epoch):
+            everyones = [i for part in distributed.gather(lost) for i in part]
+            raise DatasetError(f"{gone_away(run.train_set, everyones)}, and go on with --resume auto")
+        if int(told[0]):
             run.save()  # all processes leave before the same step, and none while the first is writing:
             distributed.barrier()  # torchrun ends the others as soon as one is gone
             raise Interrupted(asked or signal.SIGTERM)

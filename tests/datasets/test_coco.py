@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -906,6 +907,20 @@ def test_dark_16_bit_images_are_pointed_out(make: Make) -> None:
     data = read_coco(annotations, images, progress=False)
     assert kinds(data) == {"dark 16-bit images": 1}
     assert "I;16 (grey, scaled by 1/257)" in data.summary()
+
+
+def test_how_unusual_pictures_are_read_is_said(make: Make) -> None:
+    annotations, images = make(minimal())
+    Image.new("1", (30, 20)).save(images / "sub" / "b.png")
+    assert "1 (black and white)" in read_coco(annotations, images, progress=False).summary()
+    cv2.imwrite(str(images / "sub" / "b.png"), np.zeros((20, 30, 3), np.uint16))
+    assert "RGB;16 (high byte of 16 bits)" in read_coco(annotations, images, progress=False).summary()
+
+
+def test_a_list_of_problems_that_were_mended_is_gone(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "problems.tsv").write_text("of an earlier attempt")
+    read_coco(*make(minimal()), progress=False, problems_file=tmp_path / "problems.tsv")
+    assert not (tmp_path / "problems.tsv").exists()
 
 
 values = st.one_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 
 from detector.coco_eval import Metrics
 from detector.config import ConfigError, config_from_dict, load_config, resolve_data_paths
+from detector.datasets.coco import DatasetError
 from detector.engine import run as run_module
 from detector.engine import train as train_module
 from detector.engine.checkpoint import load_checkpoint
@@ -23,6 +25,7 @@ from detector.engine.evaluate import evaluate_model
 from detector.engine.score import score_checkpoint
 from detector.engine.train import train
 from detector.losses import RetinaNetLoss
+from detector.models.reading import WeightsError
 from tests.engine.conftest import EVERYTHING_ON, Run
 from tests.oracles import train_plainly
 from tests.tiny import (
@@ -182,6 +185,13 @@ def test_a_rate_that_is_too_high_ends_the_run_with_the_images_named_and_good_che
     assert str(report["image_ids"]) in str(told.value)
     assert set(report) == {"step", "loss_cls", "loss_box", "grad_norm", "image_ids", "lr", "boxes"}
     assert all(torch.isfinite(t).all() for t in tensors_of(last_checkpoint(tmp_path / "run")).values())
+    assert f"{tmp_path / 'run' / 'checkpoints'} holds the last good checkpoint" in str(told.value)
+
+
+def test_a_run_that_diverges_at_once_does_not_speak_of_a_checkpoint(data: TinyData, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, data, optim__lr=1e30, optim__warmup_steps=0, data__val=None)
+    with pytest.raises(DivergedError, match="; no checkpoint was saved yet"):
+        train(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -409,7 +419,9 @@ def test_pictures_that_vanish_while_a_run_goes_on_do_not_end_it_if_it_may_skip(
 ) -> None:
     """One of training, one of evaluation, after all was checked; also where pictures are drawn."""
     data = write_tiny_data(tmp_path)
-    settings: dict[str, Any] = {"data__on_error": "skip", "train__images_every_epochs": 1}
+    settings: dict[str, Any] = {
+        "data__on_error": "skip", "train__images_every_epochs": 1, "postprocess__score_thresh": 0.0,
+    }  # fmt: skip
     config = tiny_config(tmp_path, data, **SHORT, **settings)
     announce = run_module.Run.announce
 
@@ -422,3 +434,52 @@ def test_pictures_that_vanish_while_a_run_goes_on_do_not_end_it_if_it_may_skip(
     monkeypatch.setattr(train_module, "prove_pipeline", lambda *_, **__: "")
     assert train(config, tmp_path / "run")["AP"] >= 0
     assert capsys.readouterr().err.count("0010.png: no such file; it is left out") == 2
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_a_folder_that_vanishes_while_a_run_goes_on_ends_it_even_if_it_may_skip(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would go on with nothing to learn from, or score nothing, and call that a success."""
+    data = TinyData(*(write_coco(tmp_path / f"{name}.json", 11, seed=1) for name in ("train", "val")))
+    config = tiny_config(tmp_path, data, data__on_error="skip")
+    announce = run_module.Run.announce
+
+    def announce_and_remove(*arguments: Any) -> None:
+        announce(*arguments)
+        shutil.rmtree(tmp_path / which)
+
+    monkeypatch.setattr(run_module.Run, "announce", announce_and_remove)
+    monkeypatch.setattr(train_module, "prove_pipeline", lambda *_, **__: "")
+    with pytest.raises(
+        DatasetError, match=f"of the 11 images of .*{which}.json can no longer be read, for example .*{which}/0"
+    ) as told:
+        train(config, tmp_path / "run")
+    count = int(str(told.value).split()[0])
+    assert 5 < count <= 11
+    assert ("--resume auto" in str(told.value)) == (which == "train")
+
+
+def test_what_needs_no_data_is_told_before_they_are_looked_at(data: TinyData, tmp_path: Path) -> None:
+    nowhere = {"images": "/nowhere", "annotations": "/nowhere.json"}
+    config = tiny_config(tmp_path, data, data__train=nowhere, data__augment=[{"HorizontalFlop": {}}])
+    with pytest.raises(ConfigError, match="HorizontalFlop"):
+        train(config, tmp_path / "run")
+    missing = str(tmp_path / "none.pt")
+    with pytest.raises(WeightsError, match=r"none\.pt"):
+        train(tiny_config(tmp_path, data, data__train=nowhere, model__backbone_weights=missing), tmp_path / "run")
+
+
+def test_all_sets_are_looked_at_before_one_is_refused(data: TinyData, tmp_path: Path) -> None:
+    def broken(name: str) -> dict[str, str]:
+        annotations = write_coco(tmp_path / f"{name}.json", 3, seed=1)
+        next(images_of(annotations).iterdir()).unlink()
+        return split(annotations)
+
+    config = tiny_config(tmp_path, data, data__verify="header", data__train=broken("one"), data__test=broken("two"))
+    with pytest.raises(DatasetError) as told:
+        train(config, tmp_path / "run")
+    assert all(str(told.value).count(f"{name}.json") >= 1 for name in ("one", "two"))
+    assert "val.json" not in str(told.value)
+    assert (tmp_path / "run/problems_train.tsv").read_text().startswith("missing image")
+    assert (tmp_path / "run/problems_test.tsv").read_text().startswith("missing image")

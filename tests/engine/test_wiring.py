@@ -260,6 +260,29 @@ def test_a_model_is_scored_with_the_detections_that_the_config_counts(
     assert [name for name in scored if name.startswith("AR@")] == ["AR@1", "AR@2", "AR@3"]
 
 
+@pytest.mark.parametrize("cls", ["focal", "ohem"])
+@pytest.mark.parametrize("normalizer", ["global", "per_image"])
+def test_the_loss_of_the_val_set_is_what_training_would_make_of_it_in_one_step(
+    cls: str, normalizer: str, tmp_path: Path
+) -> None:
+    """Trained on the same pictures in one step that changes nothing; evaluated in batches of three."""
+    annotations = write_coco(tmp_path / "both.json", 8, seed=3, sizes=((96, 96),))
+    config = tiny_config(
+        tmp_path, TinyData(annotations, annotations), train__epochs=1, train__batch_size=8, data__hflip=0.0,
+        loss__cls=cls, loss__normalizer=normalizer, optim__lr=1e-20, eval__batch_size=3,
+    )  # fmt: skip
+    train(config, tmp_path / "run")
+    step, evaluation = records(tmp_path / "run")
+    assert step["loss_box"] > 0
+    for key in ("loss", "loss_cls", "loss_box"):
+        assert evaluation[key] == pytest.approx(step[key], rel=1e-5)
+
+
+def test_the_loss_of_the_val_set_can_be_spared(data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches_of(tiny_config(tmp_path, data, train__epochs=1, eval__loss=False), tmp_path / "run", monkeypatch)
+    assert "loss" not in records(tmp_path / "run")[-1]
+
+
 def test_what_is_scored_and_kept_as_the_result_is_the_average(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,7 +326,10 @@ def test_tensorboard_shows_each_chosen_picture_with_its_truth(
     ("settings", "said"),
     [
         ({"model__anchors": {"sizes": [512.0, 600.0, 700.0, 800.0, 900.0]}}, "overlap no anchor by 0.5"),
-        ({"postprocess__score_thresh": 0.99}, "no score above postprocess.score_thresh 0.99"),
+        (
+            {"postprocess__score_thresh": 0.99},
+            "no score above postprocess.score_thresh 0.99 (the highest of some pictures is 0.01",
+        ),
         ({"optim__warmup_steps": 7}, "optim.warmup_steps 7 is longer than the run: 3 steps"),
         ({"eval__max_dets": [1, 2, 3], "data__val": "crowded"}, "images hold more than 3 objects"),
         ({"data__val": "one class"}, "classes have no objects here, so their AP is undefined"),
