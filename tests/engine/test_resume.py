@@ -109,8 +109,10 @@ def test_a_run_that_crashed_goes_on_bit_equal_from_its_last_checkpoint(
     assert_same_end(tmp_path, whole.out)
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("evaluation", [1, 2])
+@pytest.mark.parametrize(
+    ("evaluation", "after"),
+    [(1, True), (2, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, False), (2, True)])],
+)
 def test_a_run_that_crashed_while_it_evaluated_evaluates_again(
     evaluation: int, after: bool, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -280,36 +280,43 @@ def test_the_best_weights_are_kept_and_tested_and_the_last_ones_stay_the_last(
     assert list(metrics["test"]) == [*TWELVE, "per_class"]
 
 
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """One picture, so that an epoch is one step."""
+    annotations = write_coco(tmp_path_factory.mktemp("single") / "one.json", 1, seed=1)
+    return TinyData(annotations, annotations)
+
+
 def test_a_run_that_gets_no_better_stops_early_and_is_finished(
-    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    single: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake_evaluations(monkeypatch, [0.25, 0.5, 0.5, 0.375])
-    config = tiny_config(tmp_path, data, train__epochs=30, train__early_stop_patience=2)
+    config = tiny_config(tmp_path, single, train__epochs=30, train__early_stop_patience=2)
     assert train(config, tmp_path / "run")["AP"] == 0.5
     assert "stopped early: 2 evaluations without a better AP" in capsys.readouterr().out
     state = last_checkpoint(tmp_path / "run")
-    assert (state.step, state.finished) == (12, True)
+    assert (state.step, state.finished) == (4, True)
     assert train(config, tmp_path / "run", resume="auto")["AP"] == 0.5
 
 
 def test_patience_begins_when_something_is_found(
-    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    single: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_evaluations(monkeypatch, [0.0, 0.0, 0.0, 0.25, 0.25, 0.5])
-    config = tiny_config(tmp_path, data, train__epochs=6, train__early_stop_patience=2)
+    config = tiny_config(tmp_path, single, train__epochs=6, train__early_stop_patience=2)
     assert train(config, tmp_path / "run")["AP"] == 0.5
 
 
 def test_patience_without_a_val_set_is_said_to_be_ignored(
-    data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    single: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny_config(tmp_path, data, **SHORT, data__val=None, train__early_stop_patience=2)
+    config = tiny_config(tmp_path, single, **SHORT, data__val=None, train__early_stop_patience=2)
     train(config, tmp_path / "run")
     assert "train.early_stop_patience is ignored" in capsys.readouterr().out
 
 
-def test_the_last_epoch_is_evaluated_even_if_it_is_not_its_turn(data: TinyData, tmp_path: Path) -> None:
-    train(tiny_config(tmp_path, data, train__epochs=3, eval__every_epochs=2), tmp_path / "run")
+def test_the_last_epoch_is_evaluated_even_if_it_is_not_its_turn(single: TinyData, tmp_path: Path) -> None:
+    train(tiny_config(tmp_path, single, train__epochs=3, eval__every_epochs=2), tmp_path / "run")
     assert [r["epoch"] for r in records(tmp_path / "run") if "split" in r] == [2, 3]
 
 

@@ -350,7 +350,13 @@ def test_what_is_not_whole_is_told_by_name(
     assert not (tmp_path / "ours.pt").exists()
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (0,), (1, 1, 1), (64, 64, 3, 3), (90, 256, 3, 3), (0, 256, 3, 3)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (), (0,), (64, 64, 3, 3),
+        *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(7,), (1, 1, 1), (90, 256, 3, 3), (0, 256, 3, 3)]),
+    ],
+)  # fmt: skip
 def test_no_shape_of_any_tensor_ends_in_anything_but_an_error(
     shape: tuple[int, ...], small: State, tmp_path: Path
 ) -> None:
