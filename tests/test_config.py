@@ -23,6 +23,7 @@ from detector.config import (
     SplitConfig,
     _all_keys,
     config_from_dict,
+    flatten,
     load_config,
     resolve_data_paths,
     with_model_of,
@@ -616,3 +617,13 @@ def test_what_is_said_and_what_is_taken_must_go_together(write: Write) -> None:
     theirs = config_from_dict({"model": {"anchors": {"sizes": [[8, 9]] * 5, "octave_scales": [1]}}}, "x")
     with pytest.raises(ConfigError, match=r"octave_scales must be \[1.0\]"):
         with_model_of(load_config(write("model: {anchors: {octave_scales: [1, 1.5]}}")), theirs)
+
+
+def test_the_base_recipe_says_every_setting_with_its_default(repo_root: Path) -> None:
+    """The README promises it."""
+    path = repo_root / "configs" / "_base_" / "retinanet.yaml"
+    assert load_config(path) == Config()
+    said = {key for key, _ in flatten(yaml.safe_load(path.read_text())).items()}
+    settings = {key for key, section in _all_keys().items() if not section}
+    optional = ("data.train", "data.val", "data.test", "train.ema")
+    assert said == {key for key in settings if not key.startswith(tuple(f"{name}." for name in optional))} | {*optional}
