@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detector.config import load_config
-from detector.engine.analyze import analyze_checkpoint
+from detector.engine.analyze import GAMMAS, analyze_checkpoint
 from detector.engine.command_line import command
 
 
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="YAML file: the data")
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--split", choices=["val", "test"], default="val")
-    parser.add_argument("--gammas", type=numbers, default=(0.0, 0.5, 1.0, 2.0, 5.0), metavar="G,G,...")
+    parser.add_argument("--gammas", type=numbers, default=GAMMAS, metavar="G,G,...")
     parser.add_argument("--output-dir", type=Path, help="default: loss_SPLIT beside the checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     arguments = parser.parse_intermixed_args(argv)

@@ -3,7 +3,13 @@
 
 A FORM is a name, or NAME:key=value,...; without any, the paper's figure 1. Names and their settings:
 ce, focal (gamma, alpha), focal_star (gamma, beta), poly1 (gamma, epsilon), varifocal, quality_focal (gamma).
---against x_t --gradient gives the paper's figures 6 and 7.
+
+Figures of Lin et al. 2017 (arXiv 1708.02002v2), whose forms are
+    SET="ce focal:gamma=2 focal_star:gamma=2,beta=1 focal_star:gamma=4,beta=0"
+figure 5, the loss by x_t:             $SET --against x_t
+figure 6, its derivative by the logit: $SET --against x_t --gradient
+Figure 7 is curves as in figure 5, of FL* with many gammas and betas, coloured by the AP of detectors trained with each; their curves
+can be drawn here, but not their AP.
 """
 
 from __future__ import annotations
@@ -58,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, compute, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("forms", nargs="*", metavar="FORM", default=FIGURE_1)
-    parser.add_argument("--against", choices=["p_t", "x_t"], default="p_t")
+    parser.add_argument("--against", choices=["p_t", "x_t"], default="p_t", help="probability or logit of the truth")
     parser.add_argument("--gradient", action="store_true", help="the derivative by the logit instead of the loss")
     parser.add_argument("--output", type=Path, required=True, help=".svg or .png")
     arguments = parser.parse_args(argv)

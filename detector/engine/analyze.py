@@ -6,7 +6,7 @@ import csv
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +28,12 @@ from detector.losses import ClassLoss, RetinaNetLoss, build_loss
 from detector.losses.retinanet import labels_of
 from detector.models import RetinaNet
 from detector.postprocess import one_against_all
-from detector.reports.figures import Curve, cumulative_loss, probabilities, pyplot, reliability, save
+from detector.reports.figures import Curve, FigureError, cumulative_loss, probabilities, pyplot, reliability, save
 
 HARDEST = (0.001, 0.01, 0.1, 0.2)
 """Shares of the examples whose share of the loss is told."""
+GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
+"""The paper's figure 1 has these; its figure 4 all but the last."""
 
 
 class Examples(NamedTuple):
@@ -118,7 +120,7 @@ def collect_examples(
             for index, x, label in zip(loaded.index.tolist(), logits.cpu(), labels, strict=True):
                 if index < 0:
                     continue
-                image = ImageEntries(x, label, levels, *balance(loss.class_loss, x.shape[1]))
+                image = ImageEntries(x, label, levels, *loss.class_loss.balance(x.shape[1]))
                 entries += image.num_negatives
                 positives.append(image.positives())
                 negatives.append(image.negatives(min(1.0, max_negatives / max(1, entries)), seed=index))
@@ -177,15 +179,6 @@ class ImageEntries(NamedTuple):
         )  # fmt: skip
 
 
-def balance(loss: ClassLoss, num_classes: int) -> tuple[torch.Tensor, float]:
-    """What the loss multiplies positives by, (K,), and negatives."""
-    alpha = loss.alpha
-    positive = torch.as_tensor(1.0 if alpha is None else alpha, dtype=torch.float64, device="cpu").expand(num_classes)
-    if loss.negative_weight is not None:
-        return positive, loss.negative_weight
-    return positive, 1.0 if alpha is None or isinstance(alpha, torch.Tensor) else 1 - alpha
-
-
 # ---- what they show ---------------------------------------------------------------------------------------------
 
 
@@ -224,8 +217,10 @@ def cumulate(losses: NDArray[np.float64], weight: NDArray[np.float64]) -> Cumula
 class Row(NamedTuple):
     """One line of the table: one side of some examples under one gamma."""
 
+    kind: Literal["all", "class", "level"]
+    """Of the group; a class may well be named "all" or "P3"."""
     group: str
-    """all, a class, or a level."""
+    """The name of the class, or P3 for the level."""
     gamma: float
     side: str
     """positive or negative."""
@@ -240,19 +235,34 @@ class Row(NamedTuple):
     """Of the group, both sides together."""
 
 
+def both_sides(examples: Examples) -> dict[str, Examples]:
+    """Positives and negatives."""
+    return {"positive": examples.where(examples.positive), "negative": examples.where(~examples.positive)}
+
+
+def loss_curves(examples: Examples, gammas: Sequence[float]) -> dict[str, dict[str, Cumulated]]:
+    """Figure 4: of each side, under each gamma."""
+    return {
+        side: {f"{gamma:g}": cumulate(focal_losses(some.x_t, gamma) * some.alpha, some.weight) for gamma in gammas}
+        for side, some in both_sides(examples).items()
+    }
+
+
 def loss_table(examples: Examples, *, gammas: Sequence[float], names: Sequence[str]) -> list[Row]:
     """The table for all examples, for each class and for each level that has any positive."""
-    rows = rows_of(examples, "all", gammas)
+    rows = rows_of(examples, gammas)
     for k in np.unique(examples.label[examples.positive]):
-        rows += rows_of(examples.where(examples.label == k), names[k], gammas)
+        rows += rows_of(examples.where(examples.label == k), gammas, kind="class", group=names[k])
     for level in np.unique(examples.level[examples.positive]):
-        rows += rows_of(examples.where(examples.level == level), f"P{level + 3}", gammas)
+        rows += rows_of(examples.where(examples.level == level), gammas, kind="level", group=f"P{level + 3}")
     return rows
 
 
-def rows_of(examples: Examples, group: str, gammas: Sequence[float]) -> list[Row]:
+def rows_of(
+    examples: Examples, gammas: Sequence[float], *, kind: Literal["all", "class", "level"] = "all", group: str = "all"
+) -> list[Row]:
     """The lines of the table about one group, positives first under each gamma."""
-    sides = {"positive": examples.where(examples.positive), "negative": examples.where(~examples.positive)}
+    sides = both_sides(examples)
     error = calibration(examples).expected_error
     rows = []
     for gamma in gammas:
@@ -262,7 +272,7 @@ def rows_of(examples: Examples, group: str, gammas: Sequence[float]) -> list[Row
         for side, some in sides.items():
             cumulated = cumulate(losses[side], some.weight)
             held = tuple(cumulated.held_by_hardest(share) for share in HARDEST)
-            rows.append(Row(group, gamma, side, float(some.weight.sum()), total[side], held, ratio, error))
+            rows.append(Row(kind, group, gamma, side, float(some.weight.sum()), total[side], held, ratio, error))
     return rows
 
 
@@ -301,17 +311,43 @@ def calibration(examples: Examples, *, bins: int = 15, above: float = 0.05) -> C
         )
 
 
-def loss_holders(examples: Examples, *, gamma: float) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
-    """A few numbers to watch, and the probabilities of the truth of positives and negatives."""
-    positive, negative = rows_of(examples, "all", [gamma])
+class LossHolders(NamedTuple):
+    """What is shown of the loss while a run trains."""
+
+    values: dict[str, float]
+    """Numbers to watch, under the run's own gamma."""
+    p_t: dict[str, NDArray[np.float64]]
+    """Probabilities of the truth, of positives and of negatives, (n,) each."""
+    figures: dict[str, Any]
+    """The cumulative distribution for several gammas, and the calibration. None where matplotlib is not installed."""
+    text: list[str]
+    """The table for several gammas."""
+
+
+def loss_holders(examples: Examples, loss: ClassLoss) -> LossHolders:
+    """As `write_analysis`, for all classes and levels together."""
+    gammas = sorted({*GAMMAS, loss.gamma})
+    rows = rows_of(examples, gammas)
+    positive, negative = (row for row in rows if row.gamma == loss.gamma)
     values = {"calibration_error": positive.calibration_error}
     if examples.positive.any():
-        values["positive_loss_of_hardest_20_percent"] = positive.hardest[3]
-        values["negative_loss_of_hardest_1_percent"] = negative.hardest[1]
+        for row in (positive, negative):
+            for share, held in zip(HARDEST, row.hardest, strict=True):
+                values[f"{row.side}_loss_of_hardest_{100 * share:g}_percent"] = held
         values["positive_over_negative_loss"] = positive.loss / max(negative.loss, 1e-12)
     p_t = 1 / (1 + np.exp(-examples.x_t.astype(np.float64)))
     sides = {"positives": examples.positive, "negatives": ~examples.positive}
-    return values, {side: p_t[mask] for side, mask in sides.items() if mask.any()}
+    text = [*not_as_trained(loss), *summary(rows, examples)]
+    try:
+        figures = {
+            "cumulative_loss": cumulative_figure(loss_curves(examples, gammas)),
+            "calibration": calibration_figure(calibration(examples)),
+        }
+        for figure in figures.values():
+            figure.set_layout_engine("none")  # half of the time that drawing takes
+    except FigureError as error:
+        figures, text = {}, [*text, str(error)]
+    return LossHolders(values, {side: p_t[mask] for side, mask in sides.items() if mask.any()}, figures, text)
 
 
 # ---- written down -----------------------------------------------------------------------------------------------
@@ -386,21 +422,17 @@ def write_analysis(
     with (output_dir / "loss.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         hardest = (f"held by hardest {share:.1%}" for share in HARDEST)
-        writer.writerow(
-            ["group", "gamma", "side", "entries", "loss", *hardest, "positive : negative loss", "calibration error"]
-        )
+        place = ["kind", "group", "gamma", "side"]
+        writer.writerow([*place, "entries", "loss", *hardest, "positive : negative loss", "calibration error"])
         for row in rows:
             numbers = (*(f"{share:.4f}" for share in row.hardest), "" if row.ratio is None else f"{row.ratio:.4g}")
-            place = (row.group, row.gamma, row.side, round(row.entries), f"{row.loss:.6g}")
-            writer.writerow([*place, *numbers, f"{row.calibration_error:.4f}"])
+            found = (row.kind, row.group, row.gamma, row.side, round(row.entries), f"{row.loss:.6g}")
+            writer.writerow([*found, *numbers, f"{row.calibration_error:.4f}"])
     scores = calibration(examples)
-    sides = {"positive": examples.where(examples.positive), "negative": examples.where(~examples.positive)}
+    sides = both_sides(examples)
     histograms = {side: histogram(some) for side, some in sides.items()}
-    curves: dict[str, dict[str, Cumulated]] = {
-        side: {f"{gamma:g}": cumulate(focal_losses(some.x_t, gamma) * some.alpha, some.weight) for gamma in gammas}
-        for side, some in sides.items()
-    }
-    alpha, negative_weight = balance(loss, len(names))
+    curves = loss_curves(examples, gammas)
+    alpha, negative_weight = loss.balance(len(names))
     record = {
         "loss": {"cls": loss.kind, "activation": loss.activation, "gamma": loss.gamma},
         "alpha": dict(zip(names, alpha.tolist(), strict=True)),
@@ -414,12 +446,21 @@ def write_analysis(
         "expected_calibration_error": scores.expected_error,
     }
     write_json(record, output_dir / "loss.json")
-    lines = [{f"gamma {g}": thinned(*c) for g, c in curves[side].items()} for side in ("positive", "negative")]
-    save(cumulative_loss(*lines), output_dir / "cumulative_loss.svg")
+    save(cumulative_figure(curves), output_dir / "cumulative_loss.svg")
     save(probabilities(histograms["positive"], histograms["negative"]), output_dir / "probabilities.svg")
-    figure = reliability(scores.score.tolist(), scores.frequency.tolist(), expected_error=scores.expected_error)
-    save(figure, output_dir / "calibration.svg")
+    save(calibration_figure(scores), output_dir / "calibration.svg")
     return [*notes, *summary(rows, examples)]
+
+
+def cumulative_figure(curves: dict[str, dict[str, Cumulated]]) -> Any:
+    """`loss_curves`, drawn."""
+    lines = [{f"gamma {g}": thinned(*c) for g, c in curves[side].items()} for side in ("positive", "negative")]
+    return cumulative_loss(*lines)
+
+
+def calibration_figure(scores: Calibration) -> Any:
+    """`calibration`, drawn."""
+    return reliability(scores.score.tolist(), scores.frequency.tolist(), expected_error=scores.expected_error)
 
 
 def as_points(cumulated: Cumulated, points: int) -> dict[str, list[float | None]]:
@@ -442,7 +483,7 @@ def summary(rows: Sequence[Row], examples: Examples) -> list[str]:
         f"looked at all {num_positive:,} positive entries (an anchor and a class) and {negatives} negative ones",
         "gamma  positives: loss held by hardest 10 %  20 %   negatives: 0.1 %   1 %   positive : negative loss",
     ]
-    overall = [row for row in rows if row.group == "all"]
+    overall = [row for row in rows if row.kind == "all"]
     for positive, negative in zip(overall[::2], overall[1::2], strict=True):
         ratio = math.inf if positive.ratio is None else positive.ratio
         lines.append(

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
+
+from detector.engine.analyze import LossHolders
 
 
 class _Bars(Progress):
@@ -115,12 +116,17 @@ class RunLog:
         for row in per_class:
             self.tensorboard.add_scalar(f"{record['split']}_AP_per_class/{row['name']}", row["AP"], record["step"])
 
-    def loss_holders(self, values: dict[str, float], p_t: dict[str, NDArray[np.float64]], step: int) -> None:
-        """Who holds the class loss, and histograms of the probability of the truth, for TensorBoard."""
-        for key, value in values.items():
+    def loss_holders(self, found: LossHolders, step: int, *, started: float) -> None:
+        """Who holds the class loss, for TensorBoard, and how long it took since `started` (monotonic) to know it."""
+        for key, value in found.values.items():
             self.tensorboard.add_scalar(f"loss_holders/{key}", value, step)
-        for key, probabilities in p_t.items():
+        for key, probabilities in found.p_t.items():
             self.tensorboard.add_histogram(f"p_t/{key}", probabilities, step)
+        for key, figure in found.figures.items():
+            self.tensorboard.add_figure(f"loss_holders/{key}", figure, step)
+        as_code = "\n".join(f"    {line}" for line in found.text)
+        self.tensorboard.add_text("loss_holders/table", as_code, step)
+        self.tensorboard.add_scalar("loss_holders/seconds", time.monotonic() - started, step)
 
     def pictures(self, name: str, pictures: list[Image.Image], step: int) -> None:
         """Pictures for TensorBoard."""

@@ -46,6 +46,8 @@ from detector.structures import Batch, Detections
 
 STEPS_WORTH_COMPILING = 3000
 """With each shape of input. A minute of compilation is won back by then (docs/benchmarks.md)."""
+WATCHING = 0.02
+"""Share of a session that looking at who holds the loss may have taken before it is done again."""
 
 
 class Run:
@@ -64,6 +66,7 @@ class Run:
     ) -> None:
         self.config, self.output_dir, self.device, self.log = config, output_dir, device, log
         self.train_set = train_set
+        self.started, self.watching = time.monotonic(), 0.0
         self.precision = resolve_precision(config.train.precision, device)
         if config.model.norm == "sync_bn" and device.type == "cpu":
             raise ConfigError("model.norm must not be sync_bn on a CPU (torch has no such kernel); use bn or gn")
@@ -298,14 +301,17 @@ class Run:
             self._log_loss_holders(val_set)
 
     def _log_loss_holders(self, val_set: CocoDataset) -> None:
+        started = time.monotonic()
+        if self.watching > WATCHING * (started - self.started):
+            return
         count = min(self.config.train.loss_images, len(val_set))
         indices = np.unique(np.linspace(0, len(val_set) - 1, count).astype(int)).tolist()
         examples = collect_examples(
             self.evaluated_model, self.loss, val_set, self.config, device=self.device, indices=indices,
             max_negatives=100_000,
         )  # fmt: skip
-        values, p_t = loss_holders(examples, gamma=self.loss.class_loss.gamma)
-        self.log.loss_holders(values, p_t, self.state.step)
+        self.log.loss_holders(loss_holders(examples, self.loss.class_loss), self.state.step, started=started)
+        self.watching += time.monotonic() - started
 
     def snapshot(self) -> TrainState:
         """What a checkpoint holds, as of now."""

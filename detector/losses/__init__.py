@@ -10,6 +10,7 @@ from detector.losses.focal import (
     softmax_focal_loss,
     softmax_focal_star_loss,
 )
+from detector.losses.hard_examples import hardest_fraction, online_hard_examples
 from detector.losses.relatives import ghm_loss, poly1_focal_loss, quality_focal_loss, varifocal_loss
 from detector.losses.retinanet import RetinaNetLoss, build_loss
 
@@ -21,7 +22,9 @@ __all__ = [
     "dense_focal_loss",
     "effective_number",
     "ghm_loss",
+    "hardest_fraction",
     "inverse_frequency",
+    "online_hard_examples",
     "poly1_focal_loss",
     "quality_focal_loss",
     "sigmoid_focal_loss",

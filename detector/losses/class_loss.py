@@ -15,6 +15,7 @@ from detector.losses.focal import (
     sigmoid_focal_star_loss,
     softmax_focal_loss,
     softmax_focal_star_loss,
+    weight_of_negatives,
 )
 from detector.losses.hard_examples import hardest_fraction, online_hard_examples
 from detector.losses.relatives import ghm_loss, poly1_focal_loss, quality_focal_loss, varifocal_loss
@@ -121,6 +122,11 @@ class ClassLoss:
             ]
         ).sum(dim=0)
 
+    def balance(self, num_classes: int) -> tuple[Tensor, float]:
+        """What `alpha` and `negative_weight` multiply the positives of each class by, (K,) fp64, and negatives."""
+        positive = torch.as_tensor(1.0 if self.alpha is None else self.alpha, dtype=torch.float64, device="cpu")
+        return positive.expand(num_classes), weight_of_negatives(self.alpha, self.negative_weight)
+
     @property
     def needs_quality(self) -> bool:
         """Whether it asks how well boxes fit."""
@@ -185,12 +191,8 @@ class ClassLoss:
         if self.alpha is None and self.negative_weight is None:
             return None
         if self._weights is None or self._weights.device != device:
-            scalar = 1.0 if self.alpha is None else self.alpha
-            foreground = scalar.tolist() if isinstance(scalar, Tensor) else [float(scalar)] * num_classes
-            background = self.negative_weight
-            if background is None:
-                background = 1.0 if isinstance(scalar, Tensor) else 1 - scalar
-            self._weights = torch.tensor([*foreground, background], device=device)
+            foreground, background = self.balance(num_classes)
+            self._weights = torch.tensor([*foreground.tolist(), background], device=device)
         return self._weights
 
     def _harmonised(self, outputs: HeadOutputs, labels: Tensor) -> Tensor:

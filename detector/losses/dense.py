@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from detector.losses.focal import power
+from detector.losses.focal import power, weight_of_negatives
 
 CHUNK = 1 << 17
 """Logits looked at together on a CPU: half a MiB of fp32, which stays in the cache between the dozen passes over it."""
@@ -138,8 +138,7 @@ def dense_focal_loss(
     num_classes = logits.shape[-1]
     scalar = 1.0 if alpha is None else alpha
     positive = scalar if isinstance(scalar, Tensor) else torch.full((), scalar, device=logits.device)
-    if negative_weight is None:
-        negative_weight = 1.0 if alpha is None or isinstance(alpha, Tensor) else 1 - alpha
+    negative_weight = weight_of_negatives(alpha, negative_weight)
     positive = positive.to(logits.device, torch.float32).expand(num_classes)
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         scale = torch.ones(len(logits)) if scale is None else scale

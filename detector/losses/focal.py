@@ -6,8 +6,9 @@ whatever they are given, can be differentiated twice, and take the same argument
 
 - `alpha`: balance of the two sides (sigmoid: a number weighs positives by alpha and negatives by 1 - alpha; one number per
   class weighs positives only) or of the classes (softmax: one number per class). None weighs nothing.
-- `weights`: of examples, broadcast against the loss.
-- `ignore`: a mask, broadcast against the loss; True counts for nothing, whatever the logits are.
+- `weights`: of examples. Their axes are the first ones of the loss (of equal length, or 1): where a sigmoid's loss is (N, C), (N,)
+  weighs its rows, also where N is C, and (N, C) its entries. Classes are weighed by `alpha`, or by (1, C).
+- `ignore`: a mask, of shapes as for `weights`; True counts for nothing, whatever the logits are.
 - `reduction`: "none"; "sum"; "mean" over what is not ignored, by `weights` (alpha is no part of the denominator);
   "positives": the sum divided by the number of positives that are not ignored, at least 1 (the paper's, section 4.1).
 """
@@ -119,7 +120,7 @@ def softmax_focal_loss(
         gamma: focusing; 0 is (weighted) cross entropy.
         dim: the class axis.
         background: the class that "positives" does not count.
-        weights, ignore: of examples; shapes that broadcast against the loss.
+        weights, ignore: of examples; see above.
         reduction: see above; "positives" needs `background`.
 
     Returns:
@@ -183,7 +184,7 @@ def _softmax_family(
     """`each` gives the loss of log-probabilities of the true class."""
     logits = wide(logits).movedim(dim, -1)
     if ignore is not None:
-        ignore = ignore.bool()
+        ignore = by_example(ignore, logits.shape[:-1], "ignore").bool()
         logits = unignored(logits, ignore[..., None])
     if alpha is not None:
         alpha = torch.as_tensor(alpha, device=logits.device)
@@ -214,11 +215,12 @@ def reduce_loss(
     `positives`: how much of a positive each entry is, 0..1, for the reduction of this name.
 
     Raises:
-        ValueError: "positives" without anything to count; an unknown reduction.
+        ValueError: "positives" without anything to count; an unknown reduction; weights or masks of another shape.
     """
-    ignore = None if ignore is None else ignore.bool()
-    counted = torch.ones_like(loss) if weights is None else weights.to(loss).expand_as(loss)
+    ignore = None if ignore is None else by_example(ignore, loss.shape, "ignore").bool()
+    counted = torch.ones_like(loss)
     if weights is not None:
+        counted = by_example(weights, loss.shape, "weights").to(loss)
         loss = loss * counted
     if ignore is not None:
         loss = torch.where(ignore, 0.0, loss)
@@ -238,9 +240,26 @@ def reduce_loss(
     return loss.sum() / positives.sum().clamp(min=1)
 
 
+def by_example(values: Tensor, shape: torch.Size, what: str) -> Tensor:
+    """Weights or a mask, whose axes are the first ones of `shape`, in all of that shape; see the head of this module.
+
+    Not torch's broadcasting, which lets (N,) weigh the columns of an (N, N) loss without a word.
+
+    Raises:
+        ValueError: an axis of neither that length nor 1, or too many axes.
+    """
+    missing = len(shape) - values.dim()
+    if missing < 0 or any(mine not in (1, its) for mine, its in zip(values.shape, shape, strict=False)):
+        raise ValueError(
+            f"{what} must have the first axes of the loss, which has shape {tuple(shape)}, or 1 in their place, got "
+            f"{tuple(values.shape)}; one for each class is {what}[None, :]"
+        )
+    return values[(..., *[None] * missing)].expand(shape)
+
+
 def unignored(logits: Tensor, ignore: Tensor | None) -> Tensor:
     """Zeros in place of ignored logits, so that not even NaN among them reaches a gradient."""
-    return logits if ignore is None else torch.where(ignore.bool(), 0.0, logits)
+    return logits if ignore is None else torch.where(by_example(ignore, logits.shape, "ignore").bool(), 0.0, logits)
 
 
 def power(x: Tensor, gamma: float) -> Tensor:
@@ -292,6 +311,11 @@ def balanced(loss: Tensor, targets: Tensor, alpha: float | Tensor | None, negati
         alpha = torch.as_tensor(alpha, device=loss.device)
         _require_shape(alpha, loss.shape[-1:], "alpha")
     positive: float | Tensor = 1.0 if alpha is None else alpha.to(loss) if isinstance(alpha, Tensor) else alpha
-    if negative_weight is None:
-        negative_weight = 1.0 if isinstance(alpha, Tensor) or alpha is None else 1 - alpha
-    return loss * (positive * targets + negative_weight * (1 - targets))
+    return loss * (positive * targets + weight_of_negatives(alpha, negative_weight) * (1 - targets))
+
+
+def weight_of_negatives(alpha: float | Tensor | None, negative_weight: float | None) -> float:
+    """What `alpha` says of negatives where `negative_weight` says nothing; see the head of this module."""
+    if negative_weight is not None:
+        return negative_weight
+    return 1.0 if alpha is None or isinstance(alpha, Tensor) else 1 - alpha

@@ -1,7 +1,8 @@
 """Choosing the examples that count: what the focal loss was compared with (Lin et al. 2017, section 5.1, table 1d).
 
 All of them work on labels: an anchor that is not chosen becomes one that is ignored, and the loss of the others is plain
-cross entropy.
+cross entropy. Losses of any origin will do; they are chosen among by rows, an image's or, as `losses[None]`, a whole batch's, and
+`chosen < -1` is the mask that a loss takes as `ignore`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ def hardest_fraction(losses: Tensor, labels: Tensor, *, fraction: float) -> Tens
     """Bootstrapping (Sung and Poggio 1994): of every image the anchors with the highest loss, positive or not.
 
     Args:
-        losses: (B, A) loss of every anchor.
-        labels: (B, A): a class from 0 on, -1 for background, below -1 for ignored.
+        losses: (B, A) loss of every anchor, or of any other example.
+        labels: (B, A) int64: a class from 0 on, -1 for background, below -1 for ignored.
         fraction: of the anchors that are not ignored, at least one.
 
     Returns:
-        (B, A) labels, all others ignored.
+        (B, A) int64 labels; -2, ignored, for all that were not chosen.
     """
     chosen = torch.full_like(labels, IGNORED)
     for image, (loss, label) in enumerate(zip(losses, labels, strict=True)):
@@ -57,7 +58,7 @@ def online_hard_examples(
         negatives_per_positive: None for no ratio.
 
     Returns:
-        (B, A) labels, all others ignored.
+        (B, A) int64 labels; -2, ignored, for all that were not chosen.
     """
     chosen = torch.full_like(labels, IGNORED)
     for image, (loss, label, box) in enumerate(zip(losses, labels, boxes, strict=True)):

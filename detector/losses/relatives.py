@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detector.losses.focal import Reduction, balanced, cross_entropy, power, reduce_loss, unignored, wide, wrongness
+from detector.losses.focal import (
+    Reduction,
+    balanced,
+    by_example,
+    cross_entropy,
+    power,
+    reduce_loss,
+    unignored,
+    wide,
+    wrongness,
+)
 
 
 def poly1_focal_loss(
@@ -78,13 +88,15 @@ def ghm_weights(gradient: Tensor, *, bins: int = 10, ignore: Tensor | None = Non
     Args:
         gradient: |p - target| of every entry, 0..1, any shape.
         bins: of equal width.
-        ignore: entries that neither count nor weigh.
+        ignore: entries that neither count nor weigh, of shapes as in `detector.losses.focal`.
 
     Returns:
         In the shape of `gradient`; 0 where ignored. The mean over what is not ignored is 1.
     """
     place = (gradient.detach() * bins).long().clamp(0, bins - 1)
-    valid = torch.ones_like(gradient, dtype=torch.bool) if ignore is None else ~ignore.expand_as(gradient)
+    valid = torch.ones_like(gradient, dtype=torch.bool)
+    if ignore is not None:
+        valid = ~by_example(ignore, gradient.shape, "ignore").bool()
     # integers: a sum of ones in fp32 stands still at 16.8 million
     counts = torch.zeros(bins, dtype=torch.int64, device=gradient.device)
     counts.index_add_(0, place.flatten(), valid.flatten().long())

@@ -33,6 +33,20 @@ def pyplot() -> Any:
     return plt
 
 
+def subplots(*shape: int, figsize: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """A figure and its axes without pyplot, which would take over the figures of a notebook that trains.
+
+    Raises:
+        FigureError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise FigureError("figures need matplotlib, which is not installed: pip install matplotlib") from None
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(*shape, **options)
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a .svg or .png, the same bytes for the same figure."""
     if path.suffix not in (".svg", ".png"):
@@ -42,8 +56,8 @@ def save(figure: Any, path: Path) -> None:
 
 
 def loss_curves(curves: Mapping[str, Curve], *, x_label: str, y_label: str, title: str) -> Any:
-    """Lines over p_t or x_t, labelled (the paper's figures 1, 6 and 7)."""
-    figure, axes = pyplot().subplots(figsize=(6.4, 4.2), layout="constrained")
+    """Lines over p_t or x_t, labelled (the paper's figures 1, 5 and 6)."""
+    figure, axes = subplots(figsize=(6.4, 4.2))
     for name, (x, y) in curves.items():
         axes.plot(x, y, label=name)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
@@ -54,7 +68,7 @@ def loss_curves(curves: Mapping[str, Curve], *, x_label: str, y_label: str, titl
 
 def cumulative_loss(positive: Mapping[str, Curve], negative: Mapping[str, Curve]) -> Any:
     """Share of the loss against share of the examples, easiest first, positives beside negatives (figure 4)."""
-    figure, both = pyplot().subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    figure, both = subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for axes, curves, side in zip(both, (positive, negative), ("positives", "negatives"), strict=True):
         for name, (x, y) in curves.items():
             axes.plot(x, y, label=name)
@@ -67,7 +81,7 @@ def cumulative_loss(positive: Mapping[str, Curve], negative: Mapping[str, Curve]
 
 def probabilities(positive: Curve, negative: Curve) -> Any:
     """Histograms of p_t; the x of each are the left edges of its bins, of equal width."""
-    figure, axes = pyplot().subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure, axes = subplots(figsize=(6.4, 4.2))
     for (x, y), side in ((negative, "negatives"), (positive, "positives")):
         axes.bar(x, y, width=1 / len(x), align="edge", alpha=0.6, label=side)
     axes.set(xlabel="p_t, probability of the truth", ylabel="entries", yscale="log", xlim=(0, 1))
@@ -77,7 +91,7 @@ def probabilities(positive: Curve, negative: Curve) -> Any:
 
 def reliability(score: Sequence[float], frequency: Sequence[float], *, expected_error: float) -> Any:
     """Share of positives against score."""
-    figure, axes = pyplot().subplots(figsize=(4.6, 4.2), layout="constrained")
+    figure, axes = subplots(figsize=(4.6, 4.2))
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle=":")
     axes.plot(score, frequency, marker="o", markersize=4)
     axes.set(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import sys
@@ -12,16 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from detector.benchmark.diagnostics import costs
+from detector.benchmark.diagnostics import main as diagnostics
 from detector.datasets.coco import read_coco
 from detector.datasets.loader import DetectionDataset, build_loader
 from detector.engine import analyze as module
 from detector.engine.analyze import (
     Examples,
     ImageEntries,
-    balance,
     calibration,
     collect_examples,
     cumulate,
@@ -39,7 +42,8 @@ from detector.engine.train import train
 from detector.losses import ClassLoss, RetinaNetLoss, build_loss, sigmoid_focal_loss
 from detector.structures import HeadOutputs
 from tests.engine.conftest import Run
-from tests.tiny import TinyData, images_of, last_checkpoint, tiny_config
+from tests.tiny import TinyData, images_of, last_checkpoint, tiny_config, write_coco
+from tools import plot_losses
 from tools.analyze_loss import main as analyze
 from tools.plot_losses import main as plot
 
@@ -117,8 +121,18 @@ def test_the_table_tells_of_every_side_of_every_class_and_level() -> None:
     for group, error in errors.items():
         assert rows[group, 0.0, "positive"].calibration_error == pytest.approx(error, rel=1e-5)
     assert rows["all", 0.0, "positive"].hardest == pytest.approx([0.02 / 13, 0.2 / 13, 2 / 13, 4 / 13], rel=1e-5)
+    kinds = {(r.kind, r.group) for r in table}
+    assert kinds == {("all", "all"), ("class", "a"), ("class", "b"), ("level", "P3"), ("level", "P4")}
     unweighted = six()._replace(alpha=np.array([1.0, 1, 0, 0, 0, 0]))
     assert loss_table(unweighted, gammas=[0.0], names=["a", "b"])[0].ratio is None
+
+
+def test_a_class_may_be_named_like_another_group(tmp_path: Path) -> None:
+    lines = write_analysis(six(), ClassLoss(), names=["all", "P3"], gammas=[2.0], output_dir=tmp_path)
+    assert len(lines) == 4, "how much was looked at, a head, one line for the gamma, the calibration"
+    with (tmp_path / "loss.csv").open() as file:
+        places = [(row["kind"], row["group"], row["side"]) for row in csv.DictReader(file)]
+    assert len(set(places)) == len(places) == 5 * 2
 
 
 def test_what_is_written_is_what_was_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +183,7 @@ def test_what_is_written_is_what_was_counted(tmp_path: Path, monkeypatch: pytest
     with (tmp_path / "loss.csv").open() as file:
         head, first, *_ = csv.reader(file)
     assert dict(zip(head, first, strict=True)) == {
-        "group": "all", "gamma": "0.0", "side": "positive", "entries": "2", "loss": f"{13 * LN2:.6g}",
+        "kind": "all", "group": "all", "gamma": "0.0", "side": "positive", "entries": "2", "loss": f"{13 * LN2:.6g}",
         "held by hardest 0.1%": "0.0015", "held by hardest 1.0%": "0.0154", "held by hardest 10.0%": "0.1538",
         "held by hardest 20.0%": "0.3077", "positive : negative loss": f"{ratio[0]:.4g}", "calibration error": "0.1847",
     }  # fmt: skip
@@ -183,26 +197,55 @@ def test_curves_of_json_have_at_most_a_hundred_points_and_end_where_the_long_one
 
 
 def test_tensorboard_gets_what_was_counted() -> None:
-    values, p_t = loss_holders(six(), gamma=2.0)
-    assert values == pytest.approx(
+    found = loss_holders(six(), ClassLoss(gamma=2.0))
+    hardest = OF_NEGATIVES[2][3] / sum(OF_NEGATIVES[2])  # a tenth of the negatives
+    others = OF_NEGATIVES[2][2] / sum(OF_NEGATIVES[2])  # the next fifth
+    assert found.values == pytest.approx(
         {
             "calibration_error": 11.45 / 62,
-            "positive_loss_of_hardest_20_percent": 6 / 17,  # 0.4 of the harder half, which holds 15 of 17
-            "negative_loss_of_hardest_1_percent": 0.1 * OF_NEGATIVES[2][3] / sum(OF_NEGATIVES[2]),
+            "positive_loss_of_hardest_0.1_percent": 0.002 * 15 / 17,  # of the harder half, which holds 15 of 17
+            "positive_loss_of_hardest_1_percent": 0.02 * 15 / 17,
+            "positive_loss_of_hardest_10_percent": 0.2 * 15 / 17,
+            "positive_loss_of_hardest_20_percent": 0.4 * 15 / 17,
+            "negative_loss_of_hardest_0.1_percent": 0.01 * hardest,
+            "negative_loss_of_hardest_1_percent": 0.1 * hardest,
+            "negative_loss_of_hardest_10_percent": hardest,
+            "negative_loss_of_hardest_20_percent": hardest + others / 2,
             "positive_over_negative_loss": sum(OF_POSITIVES[2]) / sum(OF_NEGATIVES[2]),
         },
         rel=1e-5,
     )
-    np.testing.assert_allclose(p_t["positives"], [1 / 2, 1 / 4], rtol=1e-6)
-    np.testing.assert_allclose(p_t["negatives"], [1 / 2, 3 / 4, 0.91, 0.99], rtol=1e-6)
-    assert set(loss_holders(six().where(~six().positive), gamma=2.0)[0]) == {"calibration_error"}
+    np.testing.assert_allclose(found.p_t["positives"], [1 / 2, 1 / 4], rtol=1e-6)
+    np.testing.assert_allclose(found.p_t["negatives"], [1 / 2, 3 / 4, 0.91, 0.99], rtol=1e-6)
+    assert set(loss_holders(six().where(~six().positive), ClassLoss()).values) == {"calibration_error"}
+
+
+def test_tensorboards_figures_are_the_curves_of_several_gammas_the_runs_own_among_them() -> None:
+    found = loss_holders(six(), ClassLoss(gamma=3.0))
+    both = found.figures["cumulative_loss"].axes
+    gammas = ["0", "0.5", "1", "2", "3", "5"]
+    assert [[line.get_label() for line in axes.lines] for axes in both] == [[f"gamma {g}" for g in gammas]] * 2
+    for axes, losses in zip(both, (OF_POSITIVES, OF_NEGATIVES), strict=True):
+        np.testing.assert_allclose(axes.lines[3].get_ydata(), np.cumsum(losses[2]) / sum(losses[2]), rtol=1e-5)
+    points = found.figures["calibration"].axes[0].lines[1].get_ydata()
+    np.testing.assert_allclose(points[~np.isnan(points)], [0, 1 / 21, 1 / 11], atol=1e-6)
+    assert [line.split()[0] for line in found.text[2:8]] == gammas
+    assert "that was ghm on a sigmoid" in loss_holders(six(), ClassLoss("ghm")).text[0]
+
+
+def test_tensorboard_says_that_figures_are_missing_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = loss_holders(six(), ClassLoss())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = loss_holders(six(), ClassLoss())
+    assert (found.figures, found.values) == ({}, whole.values)
+    assert found.text == [*whole.text, "figures need matplotlib, which is not installed: pip install matplotlib"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"alpha": None}, {"alpha": [3.0, 5.0]}, {"negative_weight": 0.1}])
 def test_the_balance_is_that_of_the_loss(settings: dict[str, Any]) -> None:
     """What the loss makes of logits of 0, for which it is ln 2 without a balance."""
     loss = ClassLoss(gamma=0.0, **settings)
-    positive, negative = balance(loss, 2)
+    positive, negative = loss.balance(2)
     each = loss.each(torch.zeros(3, 2), torch.tensor([0, 1, -1]), torch.zeros(3))
     expected = [float(positive[0]) + negative, float(positive[1]) + negative, 2 * negative]
     assert (each / LN2).tolist() == pytest.approx(expected)
@@ -326,7 +369,7 @@ def test_the_tool_writes_tables_and_figures(whole: Run, tmp_path: Path, capsys: 
     with (tmp_path / "out" / "loss.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(record["rows"])
-    assert {"all", "disc", "P3"} <= {row["group"] for row in rows}
+    assert {("all", "all"), ("class", "disc"), ("level", "P3")} <= {(row["kind"], row["group"]) for row in rows}
     assert analyze([*argv, "model.fpn_channels=64"]) == 2
     assert "model.fpn_channels: 64 in the config, 32 in the checkpoint" in capsys.readouterr().err
 
@@ -373,7 +416,40 @@ def test_losses_are_drawn_and_odd_forms_told(tmp_path: Path, capsys: pytest.Capt
     assert "must end in .svg or .png" in capsys.readouterr().err
 
 
-def test_training_watches_who_holds_the_loss(data: TinyData, tmp_path: Path) -> None:
+SHARED_FORMS = ["ce", "focal:gamma=2", "focal_star:gamma=2,beta=1", "focal_star:gamma=4,beta=0"]
+"""Of the paper's figures 5 and 6."""
+
+
+@pytest.mark.parametrize("against", ["p_t", "x_t"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_losses_and_their_derivatives_are_drawn_by_probability_or_by_logit(
+    against: str, gradient: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forms and derivatives of the paper's appendices A and B, for a positive."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(plot_losses, "save", lambda figure, path: drawn.append(figure))
+    argv = [*SHARED_FORMS, "--against", against, *["--gradient"] * gradient, "--output", str(tmp_path / "x.svg")]
+    assert plot(argv) == 0
+    (axes,) = drawn[0].axes
+    said = {"p_t": "p_t, probability of the truth", "x_t": "x_t, logit of the truth"}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (said[against], "derivative by x_t" if gradient else "loss")
+    assert [line.get_label() for line in axes.lines] == SHARED_FORMS
+    for line, (gamma, beta) in zip(axes.lines, [(0, None), (2, None), (2, 1), (4, 0)], strict=True):
+        x = line.get_xdata()
+        assert (x.min(), x.max()) == pytest.approx((0.001, 0.999) if against == "p_t" else (-7, 7))
+        p = x if against == "p_t" else 1 / (1 + np.exp(-x))
+        if beta is not None:
+            star = 1 / (1 + np.exp(-(gamma * np.log(p / (1 - p)) + beta)))
+            expected = star - 1 if gradient else -np.log(star) / gamma
+        else:
+            slope = (1 - p) ** gamma * (gamma * p * np.log(p) + p - 1)
+            expected = slope if gradient else -((1 - p) ** gamma) * np.log(p)
+        np.testing.assert_allclose(line.get_ydata(), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_training_watches_who_holds_the_loss(
+    data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     weighted = {"loss__alpha": [1.0, 2.0, 3.0], "loss__negative_weight": 0.1}
     config = tiny_config(tmp_path, data, train__epochs=1, train__loss_images=5, **weighted)
     train(config, tmp_path / "run")
@@ -382,12 +458,47 @@ def test_training_watches_who_holds_the_loss(data: TinyData, tmp_path: Path) -> 
     found = collect_examples(
         model, build_loss(config), coco, config, device=CPU, indices=range(5), max_negatives=100_000
     )
-    values, p_t = loss_holders(found, gamma=config.loss.gamma)
+    wanted = loss_holders(found, build_loss(config).class_loss)
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"histograms": 0})
     events.Reload()
-    assert len(values) == 4
-    for key, value in values.items():
+    assert len(wanted.values) == 10
+    for key, value in wanted.values.items():
         assert [event.value for event in events.Scalars(f"loss_holders/{key}")] == pytest.approx([value], rel=1e-4)
-    for key, probabilities in p_t.items():
+    for key, probabilities in wanted.p_t.items():
         histogram = events.Histograms(f"p_t/{key}")[0].histogram_value
         assert (histogram.num, histogram.sum) == pytest.approx((len(probabilities), probabilities.sum()), rel=1e-4)
+    assert set(wanted.figures) == {"cumulative_loss", "calibration"}
+    for key, figure in wanted.figures.items():
+        picture = Image.open(io.BytesIO(events.Images(f"loss_holders/{key}")[0].encoded_image_string))
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        apart = np.abs(np.asarray(picture) - np.asarray(canvas.buffer_rgba())[..., :3].astype(float))
+        assert apart.mean() < 0.5, "of 255; the last digits of losses may move a line by part of a pixel"
+    (table,) = events.Tensors("loss_holders/table/text_summary")
+    written = table.tensor_proto.string_val[0].decode().splitlines()
+    assert [line.strip() for line in written[:2]] == [line.strip() for line in wanted.text[:2]]
+    assert len(written) == len(wanted.text)
+
+    (cost,) = costs(tmp_path / "run")
+    (seconds,) = (event.value for event in events.Scalars("loss_holders/seconds"))
+    logged = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    speed = np.median([record["images_per_s"] for record in logged if "split" not in record])
+    of_steps = 3 * config.train.batch_size / speed
+    assert cost == pytest.approx((3, seconds, of_steps))
+    assert 0 < cost.seconds < 60
+    capsys.readouterr()
+    assert diagnostics([str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.startswith(f"step {cost.step}: {seconds:.2f} s beside {of_steps:.1f} s of steps, ")
+
+
+@pytest.mark.parametrize(("share", "looks"), [(0.0, [1]), (1e9, [1, 2, 3])])
+def test_it_is_looked_at_as_often_as_its_share_of_the_time_allows(
+    share: float, looks: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detector.engine.run.WATCHING", share)
+    annotations = write_coco(tmp_path / "one.json", 1, seed=1)
+    data = TinyData(annotations, annotations)
+    train(tiny_config(tmp_path, data, train__epochs=3, train__loss_images=1), tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss_holders/seconds")] == looks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 
 from detector.config import ConfigError, load_config
 from detector.engine import run as run_module
+from detector.engine.logger import RunLog
 from detector.engine.predict import model_of
+from detector.engine.preflight import open_datasets
 from detector.engine.train import train
 from detector.models import build_model
 from detector.postprocess import one_against_all, postprocess
@@ -110,6 +113,41 @@ def test_weights_of_classes_are_counted_said_and_counted_alike_on_resuming(
     assert stored is not None
     assert [f"{x:.3g}" for x in stored] == [pair.split()[1] for pair in said.split(", ")]
     assert train(config, tmp_path / "run", resume="auto") == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "weigh"),
+    [
+        ({"loss__alpha": "inverse_frequency", "loss__alpha_exponent": 0.5}, lambda n: n**-0.5),
+        ({"loss__alpha": "inverse_frequency", "loss__alpha_exponent": 2.0}, lambda n: n**-2.0),
+        ({"loss__alpha": "effective_number", "loss__alpha_beta": 0.5}, lambda n: 0.5 / (1 - 0.5**n)),
+        ({"loss__alpha": "effective_number", "loss__alpha_beta": 0.9}, lambda n: 0.1 / (1 - 0.9**n)),
+    ],
+)
+def test_a_run_weighs_classes_by_its_own_exponent_or_beta(
+    settings: dict[str, Any], weigh: Callable[[float], float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2, 5 and 14 objects, in the order of the category ids: disc, square, bar."""
+    annotations = write_coco(tmp_path / "train.json", 7, seed=1)
+    content = json.loads(annotations.read_text())
+    some = content["annotations"][0]
+    content["annotations"] = [
+        {**some, "id": i + 1, "image_id": 10 * (i % 7 + 1), "category_id": ([3] * 2 + [7] * 5 + [90] * 14)[i]}
+        for i in range(21)
+    ]
+    annotations.write_text(json.dumps(content))
+    config = tiny_config(tmp_path, TinyData(annotations, annotations), **SHORT, **settings)
+    train_set, _, _ = open_datasets(config, tmp_path, quiet=True)
+    log = RunLog(tmp_path, start_step=0, total_steps=1)
+    run = run_module.Run(config, tmp_path, torch.device("cpu"), None, train_set, log)
+    log.close()
+    weights = [weigh(2), weigh(5), weigh(14)]
+    expected = pytest.approx([3 * weight / sum(weights) for weight in weights], rel=1e-5)
+    assert run.state.alpha == expected
+    assert isinstance(run.loss.class_loss.alpha, torch.Tensor)
+    assert run.loss.class_loss.alpha.tolist() == expected
+    said = ", ".join(f"{k} {x:.3g}" for k, x in zip(("disc", "square", "bar"), run.state.alpha or [], strict=True))
+    assert f"weights of positives by class: {said}" in capsys.readouterr().out
 
 
 def test_a_list_of_weights_must_fit_the_classes(data: TinyData, tmp_path: Path) -> None:

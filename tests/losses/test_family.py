@@ -18,7 +18,9 @@ from detector.losses import (
     ClassLoss,
     effective_number,
     ghm_loss,
+    hardest_fraction,
     inverse_frequency,
+    online_hard_examples,
     poly1_focal_loss,
     quality_focal_loss,
     sigmoid_focal_loss,
@@ -28,7 +30,6 @@ from detector.losses import (
     varifocal_loss,
 )
 from detector.losses.dense import anchor_losses, dense_loss
-from detector.losses.hard_examples import hardest_fraction, online_hard_examples
 from detector.losses.relatives import ghm_weights
 from detector.structures import HeadOutputs
 
@@ -195,6 +196,51 @@ def test_reductions_weights_and_masks_of_the_softmax_forms(name: str) -> None:
     torch.testing.assert_close(mean, total / weights[~ignore].sum())
     with pytest.raises(ValueError, match="name the background class"):
         SOFTMAX[name](logits, classes, reduction="positives")
+
+
+@pytest.mark.parametrize("name", [n for n in SIGMOID if n != "ghm"])
+@pytest.mark.parametrize("examples_", [5, 3])
+def test_weights_and_masks_of_examples_are_of_rows_even_where_there_are_as_many_classes(
+    name: str, examples_: int
+) -> None:
+    logits, targets = (t.reshape(examples_, 3) for t in entries(3 * examples_))
+    loss, weights = SIGMOID[name](logits, targets), torch.arange(examples_, dtype=torch.float64)
+    ignore = weights == 1
+    for by_row in (weights, weights[:, None], weights[:, None].expand(-1, 3)):
+        torch.testing.assert_close(SIGMOID[name](logits, targets, weights=by_row), loss * weights[:, None])
+    total = (loss * weights[:, None])[~ignore].sum()
+    found = SIGMOID[name](logits, targets, weights=weights, ignore=ignore, reduction="mean")
+    torch.testing.assert_close(found, total / (3 * weights[~ignore].sum()))
+    by_class = torch.tensor([1.0, 0, 2], dtype=torch.float64)
+    torch.testing.assert_close(SIGMOID[name](logits, targets, weights=by_class[None]), loss * by_class)
+    torch.testing.assert_close(SIGMOID[name](logits, targets, ignore=by_class[None] == 0), loss * (by_class > 0))
+    torch.testing.assert_close(SIGMOID[name](logits, targets, weights=torch.tensor(2.0)), 2 * loss)
+
+
+def test_masks_of_examples_are_of_rows_for_ghm_too() -> None:
+    logits, targets = (t.reshape(3, 3) for t in entries(9))
+    rows = torch.tensor([True, False, False])
+    torch.testing.assert_close(ghm_loss(logits, targets, ignore=rows)[1:], ghm_loss(logits[1:], targets[1:]))
+    assert not ghm_loss(logits, targets, ignore=rows)[0].any()
+
+
+def test_weights_of_examples_in_a_picture_are_of_its_first_axes() -> None:
+    scores, classes = examples(24, 4)
+    scores, classes = scores.reshape(2, 2, 6, 4), classes.reshape(2, 2, 6)
+    loss = softmax_focal_loss(scores, classes)
+    weights = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(softmax_focal_loss(scores, classes, weights=weights), loss * weights[:, None, None])
+    found = softmax_focal_loss(scores, classes, ignore=weights == 3)
+    torch.testing.assert_close(found, loss * (weights == 1)[:, None, None])
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 2), (2, 1), (1, 5, 3)])
+def test_weights_and_masks_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    logits, targets = torch.zeros(5, 3), torch.zeros(5, 3)
+    for what, values in {"weights": torch.ones(shape), "ignore": torch.ones(shape, dtype=torch.bool)}.items():
+        argument: dict[str, Any] = {what: values}
+        with pytest.raises(ValueError, match=rf"{what} must have the first axes .*\(5, 3\).*{what}\[None, :\]"):
+            sigmoid_focal_loss(logits, targets, **argument)
 
 
 def test_alpha_by_class_weighs_positives_and_the_negative_side_by_itself() -> None:
@@ -504,6 +550,14 @@ def test_bootstrapping_keeps_the_hardest_and_no_others() -> None:
     labels = torch.tensor([[-1, 0, -1, -1, -2], [-2, -2, -2, -2, -2]])
     assert hardest_fraction(losses, labels, fraction=0.5).tolist() == [[-2, 0, -2, -1, -2], [-2] * 5]
     assert hardest_fraction(losses, labels, fraction=1e-9).tolist()[0] == [-2, 0, -2, -2, -2], "at least one"
+
+
+def test_the_hardest_of_any_examples_are_left_by_a_mask() -> None:
+    scores, classes = examples(8, 3)
+    loss = softmax_focal_loss(scores, classes, gamma=0.0)
+    chosen = hardest_fraction(loss[None], classes[None], fraction=0.25)[0]
+    found = softmax_focal_loss(scores, classes, gamma=0.0, ignore=chosen < -1, reduction="mean")
+    torch.testing.assert_close(found, loss.topk(2).values.mean())
 
 
 def test_ohem_keeps_the_hardest_that_do_not_overlap() -> None:

@@ -1,0 +1,56 @@
+"""What watching the class loss costs a run, by the run's own clock: python -m detector.benchmark.diagnostics RUN_DIR.
+
+A line for each evaluation: seconds of the diagnostics (scalar loss_holders/seconds) beside those of the steps since the
+evaluation before it (metrics.jsonl).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+from detector.config import load_config
+
+
+class Cost(NamedTuple):
+    """Of one evaluation's diagnostics."""
+
+    step: int
+    seconds: float
+    of_steps: float
+    """Seconds of the steps since the evaluation before."""
+
+
+def costs(run_dir: Path) -> list[Cost]:
+    """Of a run that has evaluated, with `train.loss_images` above 0."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    speed = statistics.median(record["images_per_s"] for record in records if "images_per_s" in record)
+    step_seconds = load_config(run_dir / "config.yaml").train.batch_size / speed
+    found, before = [], 0
+    for event in events.Scalars("loss_holders/seconds"):
+        found.append(Cost(event.step, event.value, (event.step - before) * step_seconds))
+        before = event.step
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path)
+    for cost in costs(parser.parse_args(argv).run_dir):
+        print(
+            f"step {cost.step}: {cost.seconds:.2f} s beside {cost.of_steps:.1f} s of steps, {cost.seconds / cost.of_steps:.2%}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
