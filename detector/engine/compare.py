@@ -368,7 +368,7 @@ def figure(comparison: Comparison, path: Path) -> None:
     Raises:
         FigureError: no matplotlib; neither .svg nor .png.
     """
-    arms = [arm for arm in comparison.arms if arm.values()][::-1]
+    arms = [arm for arm in comparison.arms if arm.values() or arm.why_out][::-1]  # a row without a mark says why
     height = 1.2 + 0.32 * len(arms)
     drawn, axes = pyplot().subplots(figsize=(7.5, height), layout="constrained")
     for y, arm in enumerate(arms):

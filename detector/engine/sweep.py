@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from detector.config import load_config, resolve_data_paths
+from detector.config import resolve_data_paths
 from detector.datasets.folds import Fold, write_folds
 from detector.engine.checkpoint import make_folder, write_json
 from detector.engine.compare import Arm, Comparison, add_run, compare, figure
@@ -75,6 +75,12 @@ def hopeless(step: int, ap: float, others: Sequence[Mapping[int, float]]) -> str
 
 POLL = 0.5
 """Seconds between two looks at the running processes."""
+BEAT = 60.0
+"""Seconds between two signs of life, for which a machine that shares a study looks at the others', too."""
+SILENCE = 10
+"""So many of its own beats in a row without one of another machine, and a machine takes over that one's trials."""
+PATIENCE = 1800.0
+"""Seconds for which a storage may fail; trainings go on meanwhile."""
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
@@ -148,7 +154,7 @@ def sweep(
         programs: to run; None: our own tools.
 
     Raises:
-        RunError: no Optuna; the folder belongs to another study or is being worked on.
+        RunError: no Optuna; the folder belongs to another study or is being worked on; the storage fails for long.
         Interrupted: after SIGINT or SIGTERM; all runs have left a checkpoint.
     """
     make_folder(output_dir)
@@ -156,10 +162,17 @@ def sweep(
         definition = definition_of(plan)
         require_same_study(definition, output_dir)
         study = open_study(plan, definition, output_dir, storage, retry_failed=retry_failed)
-        state = _Sweep(plan, output_dir.absolute(), study, workers, prune, programs or Programs())
-        write_json(definition, output_dir / "study.json")
-        state.run()
-        return state.finish()
+        from optuna.exceptions import StorageInternalError
+
+        try:
+            state = _Sweep(
+                plan, output_dir.absolute(), study, workers, prune, programs or Programs(), shared=storage is not None
+            )
+            write_json(definition, output_dir / "study.json")
+            state.run()
+            return state.finish()
+        except StorageInternalError as error:
+            raise RunError(f"the storage fails: {_reason(error)}; mended, the same command goes on") from None
 
 
 def open_study(
@@ -177,38 +190,41 @@ def open_study(
         import optuna
     except ImportError:
         raise RunError("a sweep needs optuna, which is not installed: pip install optuna (or -e .[sweep])") from None
+    from sqlalchemy.exc import DBAPIError
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]
-    try:
-        backend = optuna.storages.RDBStorage(
-            storage or f"sqlite:///{output_dir.absolute() / 'study.db'}",
-            engine_kwargs={} if storage else {"connect_args": {"timeout": 60}},
-        )
-        study = optuna.create_study(
-            storage=backend, study_name=f"sweep-{digest}", direction="maximize", load_if_exists=True
-        )
-    except Exception as error:  # noqa: BLE001 (SQLAlchemy's and every driver's own)
-        raise RunError(f"--storage cannot be opened: {str(error).splitlines()[0]}") from None
-    # A sampler that began again with the same seed would suggest the same points again.
-    me = f"machine {owner_of(output_dir)}"
-    if me not in study.user_attrs:
-        study.set_user_attr(me, len([key for key in study.user_attrs if key.startswith("machine ")]))
-    seed = 1000 * int(study.user_attrs[me]) + len(study.trials)
-    if plan.search == "tpe":
-        study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-    else:
-        study.sampler = optuna.samplers.RandomSampler(seed=seed)
+    url = storage or f"sqlite:///{output_dir.absolute() / 'study.db'}"
+    engine = {"pool_pre_ping": True, "connect_args": {"timeout": 60} if url.startswith("sqlite") else {}}
+    for attempt in range(3):
+        try:
+            study = optuna.create_study(
+                storage=optuna.storages.RDBStorage(url, engine_kwargs=engine),
+                sampler=optuna.samplers.RandomSampler(), study_name=f"sweep-{digest}", direction="maximize",
+                load_if_exists=True,
+            )  # fmt: skip
+            break
+        except Exception as error:  # noqa: BLE001 (SQLAlchemy's and every driver's own)
+            made = isinstance(error, DBAPIError | optuna.exceptions.StorageInternalError)
+            if not made or attempt == 2:
+                raise RunError(f"--storage cannot be opened: {_reason(error)}") from None
+            time.sleep(1)  # another machine may be making the same tables in this moment
     first = plan.usual()  # something to compare with
     points = plan.points() if plan.search == "grid" else [first] if first is not None else []
     for point in points:
-        study.enqueue_trial(point, user_attrs={"queued": True}, skip_if_exists=True)
+        study.enqueue_trial(point, skip_if_exists=True)
     folders = [trial.user_attrs.get("folder") for trial in study.trials]
     for trial in study.trials if retry_failed else []:
         folder = trial.user_attrs.get("folder")
         again = folder is None or folder in folders[trial.number + 1 :]
         if trial.state.name == "FAIL" and not again:
-            study.enqueue_trial(trial.params, user_attrs={"queued": True, "folder": folder})
+            study.enqueue_trial(trial.params, user_attrs={"folder": folder})
     return study
+
+
+def _reason(error: BaseException) -> str:
+    """Optuna hides what the driver said in an advice of its own."""
+    return (str(error.__cause__ or error).splitlines() or [repr(error)])[0]
 
 
 def owner_of(output_dir: Path) -> str:
@@ -224,11 +240,15 @@ class _Sweep:
     """The loop: keep all workers busy, watch, tell."""
 
     def __init__(
-        self, plan: Plan, output_dir: Path, study: optuna.Study, workers: int, prune: bool, programs: Programs
-    ) -> None:
+        self, plan: Plan, output_dir: Path, study: optuna.Study, workers: int, prune: bool, programs: Programs,
+        *, shared: bool,
+    ) -> None:  # fmt: skip
         self.plan, self.output_dir, self.study, self.programs = plan, output_dir, study, programs
         self.prune = prune and bool(plan.space)
-        self.me = owner_of(output_dir)
+        self.me, self.shared = owner_of(output_dir), shared
+        self.next_beat = -math.inf
+        self.heard: dict[str, tuple[Any, int]] = {}
+        """By other machine at work: its last beat, and how often it was the same."""
         self.workers, self.units = workers, plan.units()
         self.folds: list[Fold] = []
         self.console = Console(highlight=False, soft_wrap=True)
@@ -239,9 +259,7 @@ class _Sweep:
             for line in warnings:
                 self.console.print(f"warning: {line}", style="yellow", markup=False)
         self.jobs: list[Job] = []
-        self.trials = [
-            self._reopen(frozen) for frozen in self._frozen("RUNNING") if self._is_mine(frozen, unnamed=True)
-        ]
+        self.trials: list[Trial] = []
         self.total = (len(plan.points()) if plan.search == "grid" else plan.trials) * len(self.units)
         self.done_before = self._share_done()
         self.started = time.monotonic()
@@ -252,23 +270,55 @@ class _Sweep:
         last = {t.user_attrs.get("folder", t.number): t for t in trials}
         return [t for t in last.values() if not states or t.state.name in states]
 
-    def _is_mine(self, frozen: optuna.trial.FrozenTrial, *, unnamed: bool = False) -> bool:
-        return bool(frozen.user_attrs.get("owner", self.me if unnamed else "") == self.me)
+    def _owner(self, frozen: optuna.trial.FrozenTrial) -> str:
+        """Which machine works on a trial; of one that a process asked for and was killed, none that others know of."""
+        owner: str = frozen.user_attrs.get("owner", "" if self.shared else self.me)
+        return owner
 
     # -- trials
 
-    def _reopen(self, frozen: optuna.trial.FrozenTrial) -> Trial:
-        """A trial that an earlier process worked on."""
+    def _look(self) -> None:
+        """Work on all trials that are this machine's in the storage, and only on those."""
         import optuna
 
-        trial = self._open(optuna.trial.Trial(self.study, frozen._trial_id))
-        trial.done = {u.name: frozen.user_attrs[u.name]["AP"] for u in self.units if u.name in frozen.user_attrs}
-        trial.todo = [unit for unit in self.units if unit.name not in trial.done]
-        trial.reported = dict(frozen.intermediate_values)
-        return trial
+        mine = {t.number: t for t in self._frozen("RUNNING") if self._owner(t) == self.me}
+        for trial in [trial for trial in self.trials if trial.handle.number not in mine]:
+            self._end_runs(trial)
+            self.trials.remove(trial)
+            self._say(f"{trial.folder.name}: no longer this machine's, which was not heard of for long")
+        for number in mine.keys() - {trial.handle.number for trial in self.trials}:
+            self._open(mine[number])
+        if not self.shared or time.monotonic() < self.next_beat:
+            return
+        self.next_beat = time.monotonic() + BEAT
+        self.study.set_user_attr(f"beat {self.me}", time.time())
+        beats, others = self.study.user_attrs, self._others()
+        before, self.heard = self.heard, {}
+        for owner in {self._owner(frozen) for frozen in others}:
+            beat = beats.get(f"beat {owner}")  # compared with itself only: clocks may differ
+            last, times = before.get(owner, (beat, 0))
+            self.heard[owner] = (beat, times + 1 if beat == last else 0)
+        for frozen in others:
+            if self.heard[self._owner(frozen)][1] > SILENCE:  # back into the queue, which gives it to one machine only
+                self.study._storage.set_trial_user_attr(frozen._trial_id, "owner", "")
+                self.study._storage.set_trial_state_values(frozen._trial_id, optuna.trial.TrialState.WAITING)
+                self._say(f"{frozen.user_attrs.get('folder')}: its machine is not heard of any more; taken over")
 
-    def _open(self, handle: optuna.trial.Trial) -> Trial:
+    def _others(self) -> list[optuna.trial.FrozenTrial]:
+        """The trials that other machines work on."""
+        return [t for t in self._frozen("RUNNING") if self._owner(t) != self.me] if self.shared else []
+
+    def _open(self, frozen: optuna.trial.FrozenTrial) -> Trial:
         """Own, suggest and name what is not yet; a process may have been killed at any of these lines."""
+        import optuna
+
+        samplers = optuna.samplers  # by number, so that no two trials, of whatever machine, draw the same
+        self.study.sampler = (
+            samplers.TPESampler(seed=frozen.number, constant_liar=True)
+            if self.plan.search == "tpe"
+            else samplers.RandomSampler(seed=frozen.number)
+        )
+        handle = optuna.trial.Trial(self.study, frozen._trial_id)
         handle.set_user_attr("owner", self.me)
         for key, values in self.plan.dimensions.items():
             if not isinstance(values, Range):
@@ -277,30 +327,42 @@ class _Sweep:
                 handle.suggest_int(key, int(values.low), int(values.high), log=values.log)
             else:
                 handle.suggest_float(key, values.low, values.high, log=values.log)
-        folder = handle.user_attrs.get("folder")
+        folder = frozen.user_attrs.get("folder")
         if folder is None:
             folder = self.plan.name_of(handle.params)
             if folder in {trial.user_attrs.get("folder") for trial in self._frozen()}:
                 folder += f"_{handle.number}"
             handle.set_user_attr("folder", folder)
         epochs = self.plan.config_of(handle.params).train.epochs
-        return Trial(handle, self.output_dir / "trials" / folder, epochs, list(self.units))
+        done = {u.name: frozen.user_attrs[u.name]["AP"] for u in self.units if u.name in frozen.user_attrs}
+        todo = [unit for unit in self.units if unit.name not in done]
+        path = self.output_dir / "trials" / folder
+        self.trials.append(Trial(handle, path, epochs, todo, done, dict(frozen.intermediate_values)))
+        return self.trials[-1]
 
     def _ask(self) -> Trial | None:
-        """A new trial, if there is one left."""
+        """A new trial, or one that another machine left, if there is one."""
         from optuna.trial import TrialState
 
-        waiting = len(self._frozen("WAITING"))
-        if not waiting and (self.plan.search == "grid" or len(self._frozen()) >= self.plan.trials):
-            return None
-        handle = self.study.ask()
-        if self.plan.search == "grid" and "queued" not in handle.user_attrs:  # another machine took the last one
+        search = self.plan.search != "grid"
+        while self._frozen("WAITING") or (search and len(self._frozen()) < self.plan.trials):
+            handle = self.study.ask()
+            frozen = next(t for t in self.study.get_trials(deepcopy=False) if t.number == handle.number)
+            if not self._is_surplus(frozen):
+                return self._open(frozen)
             handle.set_user_attr("surplus", True)
             self.study.tell(handle, state=TrialState.FAIL)
-            return None
-        trial = self._open(handle)
-        self.trials.append(trial)
-        return trial
+        return None
+
+    def _is_surplus(self, frozen: optuna.trial.FrozenTrial) -> bool:
+        """Whether machines that filled the queue, or asked, in the same moment made one trial too many."""
+        if "folder" in frozen.user_attrs:  # tried again or taken over
+            return False
+        earlier = [trial for trial in self._frozen() if trial.number < frozen.number]
+        point = frozen.system_attrs.get("fixed_params")
+        if point is None:
+            return len(earlier) >= self.plan.trials
+        return any(trial.system_attrs.get("fixed_params") == point for trial in earlier)
 
     def _next(self) -> tuple[Trial, Unit] | None:
         """The run to start: a new trial's first, so that all have had one before any has its second and the hopeless are
@@ -323,10 +385,7 @@ class _Sweep:
         why = hopeless(step, trial.reported[step], others)
         if why:
             trial.why, trial.todo = f"pruned: {why}", []
-            for job in [job for job in self.jobs if job.trial is trial]:
-                _end([job.process])
-                self._leave(job)
-            self._close(trial)
+            self._end_runs(trial)
         return bool(why)
 
     def _close(self, trial: Trial) -> None:
@@ -338,10 +397,11 @@ class _Sweep:
         if trial.why:
             trial.handle.set_user_attr("why", trial.why)
             self.study.tell(trial.handle, state=TrialState.PRUNED if trial.why[0] == "p" else TrialState.FAIL)
+            self.trials.remove(trial)
             self._say(f"{trial.folder.name}: {trial.why}")
         else:
             self.study.tell(trial.handle, statistics.fmean(trial.done.values()))
-        self.trials.remove(trial)
+            self.trials.remove(trial)
 
     # -- runs
 
@@ -401,14 +461,12 @@ class _Sweep:
             metrics = json.loads((job.folder / "metrics.json").read_text())
             metrics.pop("test", None)
             seconds = time.monotonic() - job.started if job.started is not None else None
-            job.trial.handle.set_user_attr("config", (job.folder / "config.yaml").read_text())
             job.trial.handle.set_user_attr(job.unit.name, {**metrics, "seconds": seconds})
             job.trial.done[job.unit.name] = metrics["AP"]
             job.share = 0.0  # from here on it counts as finished
             took = f", {duration(seconds)}" if seconds is not None else ""
             self._say(f"{job.name}: AP {metrics['AP']:.3f}{took}")
         self._leave(job)
-        self._close(job.trial)
 
     def _report(self, job: Job, *, finished: bool) -> None:
         curve = learning_curve(job.folder / "metrics.jsonl")
@@ -428,6 +486,12 @@ class _Sweep:
         self.jobs.remove(job)
         job.trial.running -= 1
 
+    def _end_runs(self, trial: Trial) -> None:
+        jobs = [job for job in self.jobs if job.trial is trial]
+        _end([job.process for job in jobs])
+        for job in jobs:
+            self._leave(job)
+
     # -- the loop
 
     def run(self) -> None:
@@ -436,29 +500,53 @@ class _Sweep:
         Raises:
             Interrupted: a signal came; every process was asked to end, and has.
         """
+        from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+
         with stop_on_signal() as stop, self._bar() as bar:
             task = bar.add_task("runs", total=self.total, eta="")
+            fails_since = None
             try:
-                while self._fill():
+                while True:
+                    # Whatever a failing storage cuts short, the next step begins with reading what is so.
+                    try:
+                        if not self._step():
+                            break
+                        share, eta = self._progress()
+                        text = ", ".join(f"{job.name} {job.share:.0%}" for job in self.jobs)
+                        bar.update(task, completed=share * self.total, description=text, eta=eta)
+                        fails_since = None
+                    except (StorageInternalError, UpdateFinishedTrialError) as error:
+                        if fails_since is None:
+                            fails_since = time.monotonic()
+                            text = f"warning: the storage fails: {_reason(error)}; trying again"
+                            self.console.print(text, style="yellow", markup=False)
+                        if time.monotonic() - fails_since > PATIENCE:
+                            raise
                     time.sleep(POLL)
                     if stop.signum is not None:
                         raise Interrupted(stop.signum)
-                    for job in list(self.jobs):
-                        if job in self.jobs:  # not given up with another
-                            self._watch(job)
-                    text = ", ".join(f"{job.name} {job.share:.0%}" for job in self.jobs)
-                    bar.update(task, completed=self._share_done() * self.total, description=text, eta=self._eta())
             finally:
                 _end([job.process for job in self.jobs])
 
-    def _fill(self) -> bool:
-        """Give every free worker a run; whether any works."""
+    def _step(self) -> bool:
+        """See to every run once; whether there is more to do or to wait for."""
+        self._look()
+        for trial in list(self.trials):  # right after looking, so that no other machine's is told
+            self._close(trial)
+        self._fill()
+        for job in list(self.jobs):
+            if job in self.jobs:  # not given up with another
+                self._watch(job)
+        doubtful = [t for t in self._others() if self.heard.get(self._owner(t), (None, 1))[1]]
+        return bool(self.jobs or self.trials or doubtful)  # until others' machines are heard of, or theirs are ours
+
+    def _fill(self) -> None:
+        """Give every free worker a run."""
         for slot in sorted(set(range(self.workers)) - {job.slot for job in self.jobs}):
             following = self._next()
             if following is None:
                 break
             self._start(*following, slot)
-        return bool(self.jobs)
 
     def _bar(self) -> Progress:
         return Progress(
@@ -474,16 +562,16 @@ class _Sweep:
             done += len(self.units) if over else sum(unit.name in frozen.user_attrs for unit in self.units)
         return min(1.0, done / max(1, self.total))
 
-    def _eta(self) -> str:
-        share = self._share_done()
-        if share <= self.done_before:
-            return "eta -"
-        elapsed = time.monotonic() - self.started
-        return f"eta {duration(elapsed * (1 - share) / (share - self.done_before))}"
+    def _progress(self) -> tuple[float, str]:
+        """The share of all runs that is done, and when they all will be."""
+        share, elapsed = self._share_done(), time.monotonic() - self.started
+        new = share - self.done_before
+        return share, f"eta {duration(elapsed * (1 - share) / new)}" if new > 0 else "eta -"
 
     def _say(self, text: str) -> None:
-        percent = math.floor(100 * self._share_done())  # 100 when all is done, not a little before
-        self.console.print(f"[{percent}%, {self._eta()}] {text}", markup=False)
+        share, eta = self._progress()
+        percent = math.floor(100 * share)  # 100 when all is done, not a little before
+        self.console.print(f"[{percent}%, {eta}] {text}", markup=False)
 
     # -- the end
 
@@ -491,7 +579,7 @@ class _Sweep:
         """Compare all trials of the study, also other machines', and write what was found."""
         arms: list[Arm] = []
         seconds: dict[str, float] = {}
-        configs: dict[str, tuple[dict[str, Any], str]] = {}
+        points: dict[str, dict[str, Any]] = {}
         for frozen in self._frozen("COMPLETE", "FAIL", "PRUNED", "RUNNING"):
             attrs = frozen.user_attrs
             if "folder" not in attrs:  # asked for and cut off before it had a name
@@ -501,7 +589,7 @@ class _Sweep:
             )
             for unit in (unit.name for unit in self.units if unit.name in attrs):
                 folder = self.output_dir / "trials" / arm.name / unit
-                if self._is_mine(frozen) and (folder / "metrics.json").exists():
+                if self._owner(frozen) == self.me and (folder / "metrics.json").exists():
                     note = add_run(arm, unit, folder)
                     if note:
                         self.console.print(f"{arm.name}/{unit}: {note}", markup=False)
@@ -510,9 +598,9 @@ class _Sweep:
             if arm.metrics:
                 took = [run["seconds"] for run in arm.metrics.values() if run["seconds"] is not None]
                 seconds[arm.name] = statistics.fmean(took) if took else math.inf
-                configs[arm.name] = dict(frozen.params), attrs["config"]
+                points[arm.name] = dict(frozen.params)
             arms.append(arm)
-        comparison = compare(arms, preferred=self._preferred(arms, seconds, configs))
+        comparison = compare(arms, preferred=self._preferred(arms, seconds, points))
         write_json(comparison.to_json(), self.output_dir / "results.json")
         (self.output_dir / "results.md").write_text(comparison.markdown())
         try:
@@ -520,34 +608,31 @@ class _Sweep:
         except FigureError as error:
             self.console.print(f"no results.svg: {error}", markup=False)
         if comparison.reference is not None:
-            self._write_winner(comparison, *configs[comparison.reference.name])
+            self._write_winner(comparison, points[comparison.reference.name])
         return comparison
 
     def _preferred(
-        self, arms: Sequence[Arm], seconds: Mapping[str, float], configs: Mapping[str, tuple[dict[str, Any], str]]
+        self, arms: Sequence[Arm], seconds: Mapping[str, float], points: Mapping[str, dict[str, Any]]
     ) -> list[tuple[str, str]]:
         """What to take where the best cannot be told: the recipe as it is, or what trains faster by a tenth."""
         best = max((arm for arm in arms if arm.metrics and not arm.why_out), key=lambda arm: arm.mean, default=None)
         if best is None:
             return []
-        point = self.plan.usual()
-        usual = [(name, "the recipe as it is") for name, (params, _) in configs.items() if params == point]
+        as_it_is = self.plan.usual()
+        usual = [(name, "the recipe as it is") for name, point in points.items() if point == as_it_is]
         faster = sorted((t, name) for name, t in seconds.items() if t < 0.9 * seconds[best.name])
         return [*usual, *((name, f"the fastest to train, {duration(t)} a run") for t, name in faster)]
 
-    def _write_winner(self, comparison: Comparison, params: Mapping[str, Any], text: str) -> None:
+    def _write_winner(self, comparison: Comparison, point: Mapping[str, Any]) -> None:
+        """The recipe with the winning settings: of no seed and fold."""
         best, path = comparison.reference, self.output_dir / "winner.yaml"
         assert best is not None, "the caller has looked"
-        path.write_text(text)
-        data = resolve_data_paths(self.plan.config_of(params)).data
-        config = load_config(path)
-        splits = {name: getattr(data, name) for name in ("train", "val", "test")}  # not a fold's
-        config = config.model_copy(update={"data": config.data.model_copy(update=splits)})
         head = [
             f"{best.name}: AP {best.mean:.3f}, the mean of {len(best.metrics)} (chosen by it, so a little flattering)",
             comparison.verdict,
             f"python tools/train.py --config {path}",
         ]
+        config = resolve_data_paths(self.plan.config_of(point))
         path.write_text("".join(f"# {line}\n" for line in head) + config.to_yaml())
 
 

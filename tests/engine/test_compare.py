@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from detector.coco_eval import CocoResults, evaluate, write_results
 from detector.engine.bootstrap import draw, match, resampled_ap
-from detector.engine.compare import Arm, by_repetition, compare, difference, image_interval, standard_error
+from detector.engine.compare import Arm, by_repetition, compare, difference, figure, image_interval, standard_error
 from detector.engine.compare import student_quantile as t
 from detector.structures import Categories, GroundTruth
 from tests.tiny import CLASSES, TinyData, write_config
@@ -225,6 +225,16 @@ def test_what_failed_or_was_pruned_is_shown_and_never_best() -> None:
     assert "| early | 1 | 0.900 | - | - | pruned | 0.900 |" in table
     assert "| broken | 0 | - | - | - | failed | - |" in table
     assert "broken failed: seed0: out of memory (log: x/log.txt)" in table
+
+
+def test_what_failed_or_was_pruned_has_a_row_in_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr("detector.engine.compare.save", lambda figure, path: drawn.append(figure))
+    arms = [arm("early", [0.2], why_out="pruned: AP"), arm("broken", [], why_out="failed: x"), arm("a", [0.3, 0.3])]
+    figure(compare(arms), tmp_path / "f.svg")
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["broken (failed)", "early (pruned)", "a"]
 
 
 def test_seeds_that_only_one_arm_has_are_not_paired() -> None:

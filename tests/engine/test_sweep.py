@@ -9,8 +9,14 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from glob import glob
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -19,6 +25,7 @@ import pytest
 import yaml
 
 from detector.config import Config, ConfigError, load_config
+from detector.engine.compare import Comparison
 from detector.engine.errors import RunError
 from detector.engine.plan import Plan, Range, definition_of, read_space, settle
 from detector.engine.sweep import Programs, hopeless, last_words, learning_curve, open_study, sweep
@@ -80,9 +87,44 @@ def grid(recipe: Path, *values: str, seeds: int = 1, pace: str = "1e-3", **more:
     return settle(Plan({"tiny": recipe}, (f"train.ema.decay={pace}",), space, seeds=seeds, **more))
 
 
+def sweep_in_haste(plan: Plan, out: Path, **more: Any) -> Comparison:
+    """With less than a second of silence before a machine counts as dead."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, seconds in {"POLL": 0.02, "BEAT": 0.1}.items():
+            patch.setattr(f"detector.engine.sweep.{name}", seconds)
+        return sweep(plan, out, **more)
+
+
 def start_sweep(plan: Plan, out: Path, log: Path, programs: Programs, **more: Any) -> ForkServerProcess:
-    target: Any = functools.partial(sweep, programs=programs, **more)
+    target: Any = functools.partial(sweep_in_haste, programs=programs, **more)
     return start_process(target, (plan, out), log)
+
+
+@pytest.fixture
+def postgresql() -> Iterator[tuple[str, Callable[[str], None]]]:
+    """The URL of a database, and how to `start` and `stop` its server."""
+    pytest.importorskip("psycopg2", reason="psycopg2 is not installed: pip install psycopg2-binary")
+    debian = glob("/usr/lib/postgresql/*/bin")  # which are not on the PATH
+    pg_ctl = shutil.which("pg_ctl", path=os.pathsep.join([os.environ.get("PATH", ""), *debian]))
+    if pg_ctl is None:
+        pytest.skip("PostgreSQL's server is not installed")
+    user = "nobody" if os.geteuid() == 0 else None  # the server refuses to run as root
+    with tempfile.TemporaryDirectory() as folder:  # short, as the name of a socket must be
+        if user is not None:
+            shutil.chown(folder, user)
+
+        def control(action: str) -> None:
+            options = {
+                "initdb": ["-o", "-A trust -U sweep"], "stop": ["-m", "immediate"],
+                "start": ["-o", f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"],
+            }[action]  # fmt: skip
+            command = [pg_ctl, action, "-w", "-D", f"{folder}/data", "-l", f"{folder}/log", *options]
+            subprocess.run(command, check=True, cwd=folder, user=user, stdout=subprocess.DEVNULL)
+
+        control("initdb")
+        control("start")
+        yield f"postgresql+psycopg2://sweep@/postgres?host={folder}", control
+        control("stop")
 
 
 def log_of(out: Path, trial: str, unit: str = "seed0") -> str:
@@ -239,11 +281,13 @@ def test_a_failed_trial_is_shown_harms_no_other_and_can_be_tried_again(
     assert log_of(out, "gamma=2") == "fresh\n"
 
 
-def test_the_winner_is_a_config_that_says_what_it_is(recipe: Path, programs: Programs, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_the_winner_is_the_recipe_with_the_winning_settings_and_says_what_it_is(
+    data: TinyData, programs: Programs, tmp_path: Path
+) -> None:
+    out, recipe = tmp_path / "out", write_config(tmp_path / "tiny.yaml", data, train__epochs=4, train__seed=7)
     sweep(grid(recipe, "0", "2"), out, programs=programs)
     winner = out / "winner.yaml"
-    assert load_config(winner).data.val == load_config(recipe).data.val
+    assert load_config(winner) == load_config(recipe, ["loss.gamma=2", "train.ema.decay=1e-3"])
     assert f"# python tools/train.py --config {winner}" in winner.read_text()
     assert "One run each is too few" in winner.read_text()
 
@@ -325,18 +369,91 @@ def test_a_signal_ends_the_runs_too_and_the_command_goes_on(recipe: Path, progra
 
 
 @pytest.mark.slow
-def test_two_machines_share_a_study(recipe: Path, programs: Programs, tmp_path: Path) -> None:
-    plan = grid(recipe, "0", "2", "1.5", "2.5", seeds=2, pace="0.05")
-    storage, log = f"sqlite:///{tmp_path / 'shared.db'}", tmp_path / "log"
-    process = start_sweep(plan, tmp_path / "there", log, programs, storage=storage)
-    wait_for((tmp_path / "there" / "trials").exists, process, log)
-    sweep(plan, tmp_path / "here", programs=programs, storage=storage)
-    wait([process], log)
-    both = sweep(plan, tmp_path / "here", programs=programs, storage=storage)
-    assert [len(arm.metrics) for arm in both.arms] == [2, 2, 2, 2]
-    worked = [sorted(p.name for p in (tmp_path / place / "trials").iterdir()) for place in ("here", "there")]
-    assert sorted(worked[0] + worked[1]) == ["gamma=0", "gamma=1.5", "gamma=2", "gamma=2.5"]
+@pytest.mark.parametrize("search", ["grid", "random", "tpe"])
+def test_machines_share_a_study_and_bear_that_its_server_is_away_for_a_while(
+    recipe: Path, programs: Programs, tmp_path: Path, postgresql: tuple[str, Callable[[str], None]], search: Any
+) -> None:
+    url, control = postgresql
+    plan = grid(recipe, "0", "2", "1.5", "2.5", seeds=2, pace="0.4")
+    if search != "grid":
+        space = read_space(["loss.gamma=0..5"], ranges=True)
+        plan = settle(Plan({"tiny": recipe}, ("train.ema.decay=0.4",), space, search, trials=4, seeds=2))
+    places, log = [tmp_path / "here", tmp_path / "there"], tmp_path / "log"
+    machines = [start_sweep(plan, place, log, programs, storage=url) for place in places]
+    for place, machine in zip(places, machines, strict=True):
+        wait_for(lambda place=place: bool([*place.glob("trials/*/seed0/metrics.jsonl")]), machine, log)  # type: ignore[misc]
+    control("stop")
+    time.sleep(1.5)  # the end of a run falls into it
+    control("start")
+    assert wait(machines, log) == [0, 0], log.read_text()
+    assert log.read_text().count("trying again") == 2
+    tables = [json.loads((place / "results.json").read_text())["arms"] for place in places]
+    whole = max(tables, key=lambda arms: sum(len(arm["runs"]) for arm in arms))  # of the last to end
+    assert [len(arm["runs"]) for arm in whole] == [2, 2, 2, 2]
+    worked = [sorted(path.name for path in (place / "trials").iterdir()) for place in places]
+    assert sorted(worked[0] + worked[1]) == sorted(arm["name"] for arm in whole)
     assert all(worked)
+    logs = [path.read_text() for path in tmp_path.glob("*/trials/*/*/log.txt")]
+    assert logs == ["fresh\n"] * 8, "no run was cut off or done twice"
+
+
+def test_a_point_that_two_machines_put_into_the_queue_is_tried_once(
+    recipe: Path, programs: Programs, tmp_path: Path
+) -> None:
+    plan = grid(recipe, "0", "2")
+    study = open_study(plan, definition_of(plan), tmp_path, None)
+    for point in plan.points():
+        study.enqueue_trial(point)
+    assert sorted(arm.name for arm in sweep(plan, tmp_path, programs=programs).arms) == ["gamma=0", "gamma=2"]
+
+
+@pytest.mark.slow
+def test_trials_of_a_dead_machine_are_taken_over_and_left_to_the_taker_if_it_comes_back(
+    recipe: Path, programs: Programs, tmp_path: Path
+) -> None:
+    plan = grid(recipe, "0", "2", seeds=2, pace="0.4")
+    storage, log, there = f"sqlite:///{tmp_path / 'shared.db'}", tmp_path / "log", tmp_path / "there"
+    dead = start_sweep(plan, there, log, programs, storage=storage, workers=2)
+    second = [there / "trials" / name / "seed1" / "metrics.jsonl" for name in ("gamma=0", "gamma=2")]
+    wait_for(lambda: all(path.exists() for path in second), dead, log)
+    dead.kill()
+    wait([dead], log)
+    comparison = sweep_in_haste(plan, tmp_path / "here", programs=programs, storage=storage)
+    assert [len(arm.metrics) for arm in comparison.arms] == [2, 2]
+    done_here = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("here/trials/*/*"))
+    assert done_here == ["here/trials/gamma=0/seed1", "here/trials/gamma=2/seed1"], "what was finished is kept"
+    before = {path: path.read_text() for path in there.glob("trials/*/*/log.txt")}
+    assert sweep(plan, there, programs=programs, storage=storage).verdict == comparison.verdict
+    assert before == {path: path.read_text() for path in there.glob("trials/*/*/log.txt")}
+
+
+@pytest.mark.slow
+def test_a_machine_leaves_a_trial_alone_that_was_taken_from_it_until_the_taker_is_dead(
+    recipe: Path, programs: Programs, tmp_path: Path
+) -> None:
+    plan = grid(recipe, "0", pace="0.9")
+    url, log, out = f"sqlite:///{tmp_path / 'shared.db'}", tmp_path / "log", tmp_path / "out"
+    study = open_study(plan, definition_of(plan), tmp_path, url)
+    process = start_sweep(plan, out, log, programs, storage=url)
+    wait_for((out / "trials" / "gamma=0" / "seed0" / "metrics.jsonl").exists, process, log)
+    study._storage.set_trial_user_attr(study.trials[0]._trial_id, "owner", "somebody")
+    assert wait([process], log) == [0], log.read_text()
+    said = log.read_text()
+    assert 0 < said.index("no longer this machine's") < said.index("taken over") < said.index("AP 0.2")
+    assert log_of(out, "gamma=0") == "fresh\nresumed\n"
+
+
+@pytest.mark.slow
+def test_trials_of_a_machine_that_lives_are_left_to_it(recipe: Path, programs: Programs, tmp_path: Path) -> None:
+    plan = grid(recipe, "0", "2", pace="0.9")
+    storage, log, there = f"sqlite:///{tmp_path / 'shared.db'}", tmp_path / "log", tmp_path / "there"
+    open_study(plan, definition_of(plan), tmp_path, storage)  # what is slow, before it begins
+    process = start_sweep(plan, there, log, programs, storage=storage, workers=2)
+    wait_for((there / "trials" / "gamma=2" / "seed0" / "metrics.jsonl").exists, process, log)
+    comparison = sweep_in_haste(plan, tmp_path / "here", programs=programs, storage=storage)
+    assert [arm.why_out for arm in comparison.arms] == ["running elsewhere"] * 2, "it did not wait for their end"
+    assert wait([process], log) == [0]
+    assert "no longer" not in log.read_text()
 
 
 def test_every_worker_has_its_own_gpu(
@@ -359,11 +476,11 @@ def test_a_grid_cut_off_while_it_was_queued_or_asked_for_is_whole_afterwards(
         study = open_study(plan, definition_of(plan), tmp_path, None)
         assert len(study.get_trials()) == 3
     study.ask()  # and then the process was killed
-    assert sorted(arm.name for arm in sweep(plan, tmp_path, programs=programs).arms) == [
-        "gamma=0",
-        "gamma=1",
-        "gamma=2",
-    ]
+    whole = study.ask()
+    whole.set_user_attr("seed0", {"AP": 0.3, "AP50": 0.3, "per_class": [], "seconds": None})  # and not told
+    comparison = sweep(plan, tmp_path, programs=programs)
+    assert {arm.name: arm.why_out for arm in comparison.arms} == {"gamma=0": "", "gamma=1": "", "gamma=2": ""}
+    assert not (tmp_path / "trials" / "gamma=1").exists(), "nothing was left to do"
 
 
 # ---- in earnest ----------------------------------------------------------------------------------------------------
