@@ -326,7 +326,8 @@ class TrainConfig(Section):
     early_stop_patience: PositiveInt | None = None  # evaluations without a better AP before stopping
     log_every: PositiveInt = 20  # steps
     images_every_epochs: Annotated[int, Field(ge=0)] = 1  # predictions beside ground truth in TensorBoard; 0: never
-    # Val pictures in which each evaluation looks at who holds the class loss, for TensorBoard; 0: none.
+    # Val pictures in which evaluations look at who holds the class loss, for TensorBoard, as often as that takes less than
+    # a fiftieth of the time; 0: none.
     loss_images: Annotated[int, Field(ge=0)] = 8
 
 
@@ -426,7 +427,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: every mistake found, together.
     """
-    tree = _Tree({}, {}, {})
+    tree = _Tree({}, {}, [])
     _merge(tree, _read_file(path, ()))
     for override in overrides:
         _apply_override(tree, override)
@@ -439,7 +440,7 @@ def with_overrides(config: Config, overrides: Iterable[str]) -> Config:
     Raises:
         ConfigError: every mistake found, together.
     """
-    tree = _Tree(json.loads(config.model_dump_json()), {}, {})
+    tree = _Tree(json.loads(config.model_dump_json()), {}, [])
     for override in overrides:
         _apply_override(tree, override)
     return _validate(tree)
@@ -451,7 +452,7 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
     Raises:
         ConfigError: every mistake found, naming `source`.
     """
-    return _validate(_Tree(dict(values), {(): source}, {}))
+    return _validate(_Tree(dict(values), {(): source}, []))
 
 
 def resolve_data_paths(config: Config) -> Config:
@@ -522,9 +523,9 @@ COMMAND_LINE = "command line"
 
 
 class _Tree(NamedTuple):
-    values: dict[str, Any]
+    values: Any
     sources: dict[KeyPath, str]  # of every key, "file:line" or COMMAND_LINE
-    mistakes: dict[KeyPath, str]  # of keys that cannot be what two sources say of them
+    mistakes: list[tuple[KeyPath, str]]  # of keys that say nothing, or that cannot be what two sources say of them
 
 
 class _Loader(yaml.SafeLoader):
@@ -556,13 +557,13 @@ for _tag, _pattern, _first in (
         )
 
 
-def _parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, str]]:
+def _parse_yaml(text: str, source: str, at: KeyPath = ()) -> _Tree:
+    """What stands in a text, which is about the key `at`."""
     try:
         node = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)
-        lines: dict[KeyPath, str] = {}
+        tree = _Tree(yaml.load(text, Loader=_Loader), {}, [])
         if node is not None:
-            _note_lines(node, (), source, lines)
+            _note_lines(node, at, source, tree)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark is not None else source
@@ -570,26 +571,25 @@ def _parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, str]]:
         raise ConfigError(
             f"{where}: the YAML is broken: {problem}; look for a missing colon, space or bracket"
         ) from None
-    return values, lines
+    return tree
 
 
-def _note_lines(node: yaml.Node, at: KeyPath, source: str, lines: dict[KeyPath, str]) -> None:
+def _note_lines(node: yaml.Node, at: KeyPath, source: str, tree: _Tree) -> None:
     if isinstance(node, yaml.SequenceNode):
         for place, item in enumerate(node.value):
-            _note_lines(item, (*at, str(place)), source, lines)
+            _note_lines(item, (*at, str(place)), source, tree)
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
         path = (*at, str(key.value))
         here = f"{source}:{key.start_mark.line + 1}"
-        if path in lines:
-            raise ConfigError(f"{here}: `{'.'.join(path)}` stands twice, first at {lines[path]}; remove one")
+        if path in tree.sources:
+            raise ConfigError(f"{here}: `{'.'.join(path)}` stands twice, first at {tree.sources[path]}; remove one")
         if isinstance(value, yaml.ScalarNode) and not value.value and not value.style and _needs_a_value(path):
-            raise ConfigError(
-                f"{here}: `{'.'.join(path)}` is left empty; give it a value, or delete the line (null, written out, is the default)"
-            )
-        lines[path] = here
-        _note_lines(value, path, source, lines)
+            told = f"{here}: `{'.'.join(path)}` is left empty; give it a value, or delete the line (null, written out, is the default)"
+            tree.mistakes.append((path, told))
+        tree.sources[path] = here
+        _note_lines(value, path, source, tree)
 
 
 def _read_file(path: Path, parents: tuple[Path, ...]) -> _Tree:
@@ -605,9 +605,8 @@ def _read_file(path: Path, parents: tuple[Path, ...]) -> _Tree:
         raise ConfigError(f"config file {path} does not exist{named}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    values, lines = _parse_yaml(text, str(path))
-    if values is None:
-        values = {}
+    parsed = _parse_yaml(text, str(path))
+    values: Any = parsed.values if parsed.values is not None else {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a config must be a mapping of sections (model:, data:, ...), got {values!r:.60}")
     values = _text_keys(values)
@@ -616,10 +615,10 @@ def _read_file(path: Path, parents: tuple[Path, ...]) -> _Tree:
         bases = [bases]
     if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases):
         raise ConfigError(f"{path}: `_base_` must be a path or a list of paths, got {bases!r}")
-    tree = _Tree({}, {}, {})
+    tree = _Tree({}, {}, [])
     for base in bases:
         _merge(tree, _read_file(path.parent / base, (*parents, resolved)))
-    _merge(tree, _Tree(values, lines, {}))
+    _merge(tree, parsed._replace(values=values))
     return tree
 
 
@@ -641,7 +640,7 @@ def _merge(into: _Tree, new: _Tree) -> None:
             if before is not None:
                 mistake = _irreplaceable(path, before, _first_source(path, into.sources), value, where)
             if mistake is not None:
-                into.mistakes[path] = mistake
+                into.mistakes.append((path, mistake))
                 continue
             for stale in [p for p in into.sources if p[: len(path)] == path]:
                 del into.sources[stale]
@@ -650,7 +649,7 @@ def _merge(into: _Tree, new: _Tree) -> None:
 
     merge(into.values, new.values, ())
     into.sources.update(new.sources)
-    into.mistakes.update(new.mistakes)
+    into.mistakes.extend(new.mistakes)
 
 
 def _irreplaceable(path: KeyPath, before: Any, said_at: str, value: Any, where: str) -> str | None:
@@ -666,7 +665,8 @@ def _irreplaceable(path: KeyPath, before: Any, said_at: str, value: Any, where: 
             )
     elif isinstance(value, dict) != isinstance(before, dict):
         remedy = "remove one (part of a section is set by its own key, as train.epochs=3)"
-        if isinstance(value, bool):
+        field = _field(path)
+        if isinstance(value, bool) and field is not None and _may_be_null(field):
             remedy = "{} has the section with what it says elsewhere or by default, null has it not"
         return (
             f"`{key}` must be a section or a value, not both, got {_show(before)} [{said_at}] and then {_show(value)} "
@@ -680,21 +680,20 @@ def _apply_override(tree: _Tree, override: str) -> None:
     parts = tuple(key.strip().split("."))
     field = _field(parts)
     is_text = field is not None and field.annotation in (str, str | None)
-    if not sign or not all(parts) or not text.strip():
-        tree.mistakes[parts] = f"override must be key=value, for example train.epochs=3, got {override!r}" + (
+    if not sign or not all(parts) or not (text if is_text else text.partition("#")[0]).strip():
+        told = f"override must be key=value, for example train.epochs=3, got {override!r}"
+        null = (
             "; null in place of a value means the default or, where there is one, none" if sign and all(parts) else ""
         )
+        tree.mistakes.append((parts, told + null))
         return
-    lines: dict[KeyPath, str] = {}
-    value: Any = text
+    parsed = _Tree(None if text == "null" else text, {}, [])
     if not is_text:
-        value, lines = _parse_yaml(text, f"override {key}")
-    elif text == "null":
-        value = None
-    nested: Any = _text_keys(value)
+        parsed = _parse_yaml(text, f"override {key}", parts)
+    nested: Any = _text_keys(parsed.values)
     for part in reversed(parts):
         nested = {part: nested}
-    _merge(tree, _Tree(nested, {(*parts, *path): COMMAND_LINE for path in ((), *lines)}, {}))
+    _merge(tree, _Tree(nested, dict.fromkeys((parts, *parsed.sources), COMMAND_LINE), parsed.mistakes))
 
 
 # ---- telling mistakes -------------------------------------------------------------------------------------------
@@ -775,7 +774,7 @@ def _first_source(path: KeyPath, sources: Mapping[KeyPath, str]) -> str:
 
 def _validate(tree: _Tree) -> Config:
     values = _without_nulls(tree.values, Config)
-    lines = [f"  {mistake}" for mistake in tree.mistakes.values()]
+    lines = [f"  {mistake}" for _, mistake in tree.mistakes]
     try:
         # By way of JSON, pydantic's strict mode takes lists for tuples but still no text for numbers.
         config = Config.model_validate_json(json.dumps(values, default=str))
@@ -783,7 +782,7 @@ def _validate(tree: _Tree) -> Config:
         lines += [
             f"  {'.'.join(path) or 'config'}: {message}  [{_source(path, message, tree.sources)}]"
             for path, message in _mistakes(invalid, values)
-            if not any(path[: len(told)] == told for told in tree.mistakes)
+            if path not in {told for told, _ in tree.mistakes}
         ]
     if lines:
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
@@ -805,9 +804,7 @@ def _mistakes(invalid: ValidationError, values: dict[str, Any]) -> list[tuple[Ke
         elif error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]:
             continue  # long enough, but its items are wrong, which is told by itself
         elif error["type"] in ("model_type", "dict_type"):
-            wrong.setdefault((path, _show(error["input"])), []).append(
-                "must be a section ({} is one with all defaults)"
-            )
+            wrong.setdefault((path, _show(error["input"])), []).append(_section_wanted(path))
         elif error["type"] in ("too_short", "too_long"):
             wrong.setdefault((path, _show(error["input"])), []).append(_length_wanted(error["ctx"]))
         else:
@@ -820,6 +817,19 @@ def _mistakes(invalid: ValidationError, values: dict[str, Any]) -> list[tuple[Ke
         expected = " or ".join([first, *(text.removeprefix("input should be ") for text in others)])
         mistakes.append((path, f"{expected}, got {got}"))
     return mistakes
+
+
+def _section_wanted(path: KeyPath) -> str:
+    field = _field(path)
+    section = _nested_section(field.annotation) if field is not None else None
+    if section is None:  # a transform, or its arguments
+        return "must be a mapping, {} or {name: value, ...}"
+    required = [name for name, inside in section.model_fields.items() if inside.is_required()]
+    return (
+        f"must be a section with {', '.join(required)}"
+        if required
+        else "must be a section ({} is one with all defaults)"
+    )
 
 
 def _length_wanted(ctx: Mapping[str, Any]) -> str:

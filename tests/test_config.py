@@ -153,7 +153,7 @@ def test_a_key_that_stands_twice_inside_a_list_is_told_too(write: Write) -> None
     text = "data:\n  augment:\n    - VerticalFlip: {}\n    - Blur:\n        p: 0.5\n        p: 0.1\n"
     told = mistakes(write(text))
     assert re.search(r"main\.yaml:6: `data\.augment\.1\.Blur\.p` stands twice, first at .*main\.yaml:5", told)
-    assert "`0.Blur.p` stands twice" in mistakes(write(), "data.augment=[{Blur: {p: 0.5, p: 0.1}}]")
+    assert "`data.augment.0.Blur.p` stands twice" in mistakes(write(), "data.augment=[{Blur: {p: 0.5, p: 0.1}}]")
     config = load_config(write("data: {augment: [{Blur: {p: 0.5}}, {Blur: {p: 0.1}}]}"))
     assert config.data.augment == ({"Blur": {"p": 0.5}}, {"Blur": {"p": 0.1}}), (
         "the same name in two items is no mistake"
@@ -269,14 +269,24 @@ def test_a_section_that_is_a_value_hides_no_other_mistake_and_is_told_how_to_be_
         "or, where there is one, none",
         "  optim.lrr: unknown key; did you mean optim.lr?  [command line]",
     ]
-    assert "train.ema: must be a section ({} is one with all defaults), got true" in mistakes(
-        write("train: {ema: true}")
-    )
+    told = mistakes(write("train: {ema: true}\ndata: {train: 5, augment: [{HorizontalFlip: 5}]}"))
+    assert "train.ema: must be a section ({} is one with all defaults), got true" in told
+    assert "data.train: must be a section with images, annotations, got 5" in told
+    assert "data.augment.0.HorizontalFlip: must be a mapping, {} or {name: value, ...}, got 5" in told
+    told = mistakes(write("_base_: base.yaml\ntrain: 5", base="train: {epohcs: 3}"), "=3", "=4", "train=")
+    assert told.startswith("the config has 5 mistakes:")
+    assert all(text in told for text in ("`train` must be a section or", "train.epohcs", "'=3'", "'=4'", "'train='"))
 
 
 def test_a_setting_left_empty_in_a_file_is_not_taken_for_the_default(write: Write) -> None:
     path = write("_base_: base.yaml\noptim:\n  lr:\n", base="optim: {lr: 0.5}")
-    assert mistakes(path).startswith(f"{path}:3: `optim.lr` is left empty; give it a value, or delete the line")
+    assert f"  {path}:3: `optim.lr` is left empty; give it a value, or delete the line" in mistakes(path)
+    several = mistakes(write("optim:\n  lr:\n  momentm: 3\ntrain:\n  epohcs: 3\n  batch_size:\n"))
+    assert several.startswith("the config has 4 mistakes:")
+    assert all(
+        k in several for k in ("`optim.lr` is left", "optim.momentm", "train.epohcs", "`train.batch_size` is left")
+    )
+    assert "`optim.lr` is left empty" in mistakes(write(), "optim={lr: , weight_decay: 0.1}")
     assert load_config(write("_base_: base.yaml\noptim: {lr: null}", base="optim: {lr: 0.5}")).optim == Config().optim
     assert load_config(write("loss: {alpha: }\ntrain: {micro_batch: }")).loss.alpha is None
 
@@ -317,7 +327,7 @@ def test_weights_that_are_null_are_not_taken_for_imagenets(write: Write) -> None
 
 
 @pytest.mark.parametrize(
-    "override", ["", "train.epochs", "=3", "train..epochs=3", ".=1", "train.init_from=", "optim.lr=", "optim.lr= "]
+    "override", ["", "train.epochs", "=3", "train..epochs=3", ".=1", "train.init_from=", "optim.lr=", "optim.lr=# 3"]
 )
 def test_an_override_must_be_key_and_value(override: str, write: Write) -> None:
     assert "override must be key=value, for example train.epochs=3" in mistakes(write(), override)

@@ -1,7 +1,7 @@
 """What watching the class loss costs a run, by the run's own clock: python -m detector.benchmark.diagnostics RUN_DIR.
 
-A line for each evaluation: seconds of the diagnostics (scalar loss_holders/seconds) beside those of the steps since the
-evaluation before it (metrics.jsonl).
+A line for each time it was done: seconds of the diagnostics (scalar loss_holders/seconds) beside those of the steps since the
+time before (metrics.jsonl).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from detector.config import load_config
 
 
 class Cost(NamedTuple):
-    """Of one evaluation's diagnostics."""
+    """Of the diagnostics, once."""
 
     step: int
     seconds: float
     of_steps: float
-    """Seconds of the steps since the evaluation before."""
+    """Seconds of the steps since the time before."""
 
 
 def costs(run_dir: Path) -> list[Cost]:

@@ -258,7 +258,7 @@ def read_coco(
     table_notes = {}
     if checks.partly.any():
         table_notes["box partly outside"] = f" (by at most {checks.excess[checks.partly].max():.2g} px)"
-    if problems_file is not None:
+    if problems_file is not None and (problems or verify != "none"):  # who has not looked knows of nothing mended
         write_problems(Path(problems_file), problems)
     alive = entries.alive
     lost = int(np.count_nonzero(~alive[found.rows]))

@@ -200,7 +200,7 @@ def unreadable(index: int) -> int:
 
 
 def too_many_unreadable(count: int, total: int) -> bool:
-    """Whether so many pictures of a set, which could be read when it was opened, are no accident: it has gone away."""
+    """Whether so many pictures of a set are no accident: more than a twentieth (and 5, and all but one of a tiny set)."""
     return count > min(total - 1, max(5, total // 20))
 
 

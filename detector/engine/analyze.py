@@ -93,6 +93,9 @@ def collect_examples(
         max_negatives: all negatives where there are no more; otherwise so many, drawn without replacement, the same share
             of every image's, always the same ones.
         progress: called with images done and in all.
+
+    Raises:
+        DatasetError: none of the images can be read.
     """
     batches = eval_keys(coco, config, indices)
     total = sum(map(len, batches))
@@ -132,6 +135,8 @@ def collect_examples(
             if progress is not None:
                 progress(done, total)
     model.train(was_training)
+    if not positives:
+        raise DatasetError(f"{coco.annotations}: none of its {total} images to look at can be read")
     share = min(1.0, max_negatives / max(1, entries))
     return joined([*positives, *(thinned_out(part, share) for part in negatives)])
 
@@ -319,7 +324,7 @@ class LossHolders(NamedTuple):
     p_t: dict[str, NDArray[np.float64]]
     """Probabilities of the truth, of positives and of negatives, (n,) each."""
     figures: dict[str, Any]
-    """The cumulative distribution for several gammas, and the calibration. None where matplotlib is not installed."""
+    """The cumulative distribution for several gammas, and the calibration. Empty where matplotlib is not installed."""
     text: list[str]
     """The table for several gammas."""
 

@@ -8,6 +8,7 @@ is one launch instead of several hundred.
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +86,8 @@ class Detector:
     def outputs(self, images: Tensor, image_sizes: Tensor) -> HeadOutputs:
         """What the network says about a batch; arguments as above."""
         if self.device.type == "cuda":  # the copy is in that precision
-            return self.model(images, image_sizes.to(self.device))  # type: ignore[no-any-return]
+            with untried_algorithms():
+                return self.model(images, image_sizes.to(self.device))  # type: ignore[no-any-return]
         with autocast(self.precision, self.device):
             return self.model(images, image_sizes)  # type: ignore[no-any-return]
 
@@ -95,10 +97,7 @@ class Detector:
             again = key in self._seen
             self._seen.add(key)
             if not again or len(self._captured) >= MAX_GRAPHS:
-                # algorithms are not worth trying out for once
-                with torch.backends.cudnn.flags(
-                    enabled=True, benchmark=False, deterministic=torch.backends.cudnn.deterministic, allow_tf32=False
-                ):
+                with untried_algorithms():
                     return self._find(images, image_sizes.to(images.device))
             self._captured[key] = self._capture(images, image_sizes.to(images.device))
         captured = self._captured[key]
@@ -125,6 +124,12 @@ class Detector:
             places = self._find(images, sizes)
         self._pool = graph.pool()
         return _Captured(graph, anchors, images, sizes, places)
+
+
+def untried_algorithms() -> AbstractContextManager[None]:
+    """Where a shape may come but once, cuDNN's algorithms are not worth trying out."""
+    flags = torch.backends.cudnn.flags
+    return flags(enabled=True, benchmark=False, deterministic=torch.backends.cudnn.deterministic, allow_tf32=False)
 
 
 def inference_copy(model: RetinaNet, dtype: torch.dtype) -> RetinaNet:

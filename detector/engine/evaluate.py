@@ -54,7 +54,7 @@ def evaluate_model(
         watch: called with what the network says of each batch.
 
     Raises:
-        DatasetError: more of the images than a few can no longer be read.
+        DatasetError: more of the images than a few cannot be read.
     """
     results, lost = detect(model, coco, config, device=device, progress=progress, watch=watch)
     if too_many_unreadable(len(lost), len(coco)):
@@ -65,15 +65,17 @@ def evaluate_model(
 
 
 def gone_away(coco: CocoDataset, lost: Sequence[int]) -> str:
-    """What to say where too many images cannot be read any more."""
+    """What to say where too many images cannot be read."""
     return (
-        f"{len(lost)} of the {len(coco)} images of {coco.annotations} can no longer be read, for example {coco.path(lost[0])}: "
-        "data.on_error=skip is for a few that break, not for a folder that goes away; bring it back"
+        f"{len(lost)} of the {len(coco)} images of {coco.annotations} cannot be read, for example {coco.path(lost[0])}: "
+        "data.on_error=skip forgives a few that break later, not so many; bring them back if their folder is gone, or set "
+        "data.verify=decode, which leaves out what is broken when the set is opened"
     )
 
 
 class ValidationLoss:
-    """The loss of training over a whole dataset, seen as in evaluation: neither augmented nor mirrored, and as one step.
+    """The loss of training over a whole dataset, seen as in evaluation: neither augmented nor mirrored, and divided as that of
+    one step. (GHM-C weighs by what it sees at once, so there it depends a little on the batches.)
 
     Args:
         loss: of training.
@@ -135,10 +137,13 @@ def detect(
     with torch.compiler.set_stance("force_eager"):
         for batch in loader:
             there = to_device(batch, device)
-            outputs = detector.outputs(there.images, batch.image_sizes) if watch is not None else None
-            detections = detector(there.images, batch.image_sizes, original_sizes=batch.original_sizes, outputs=outputs)
-            if watch is not None and outputs is not None:
+            outputs = None
+            if watch is not None:
+                outputs = detector.outputs(there.images, batch.image_sizes)
                 watch(outputs, there)
+                if device.type != "cpu":
+                    outputs = None  # a graph has its own, and there is memory for one at a time
+            detections = detector(there.images, batch.image_sizes, original_sizes=batch.original_sizes, outputs=outputs)
             for image_id, index, detection in zip(
                 batch.image_ids.tolist(), batch.index.tolist(), detections, strict=True
             ):

@@ -170,8 +170,8 @@ def too_large_evaluation(config: Config) -> RunError:
     """The error of an evaluation that does not fit."""
     at_once = eval_batch_size(config)
     return RunError(
-        f"the memory must hold {at_once} pictures at once in evaluation, and does not; set eval.batch_size={max(1, at_once // 2)}, with "
-        "--resume auto, which begins with this evaluation"
+        f"the memory must hold {at_once} pictures at once in evaluation, and does not; set eval.batch_size={max(1, at_once // 2)} or "
+        "eval.loss=false, with --resume auto, which begins with this evaluation"
     )
 
 

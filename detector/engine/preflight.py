@@ -57,7 +57,8 @@ def require_settings(config: Config, *, fresh: bool) -> None:
             "data.train must name images and annotations; set data.train.images and data.train.annotations"
         )
     if config.data.augment:
-        Augmentation(config.data.augment, min_visibility=config.data.augment_min_visibility)
+        # on no picture: how large a crop may be, the data will say
+        Augmentation(config.data.augment, min_visibility=config.data.augment_min_visibility, sizes=())
     weights = config.model.backbone_weights
     if fresh and weights not in ("imagenet", "none") and not Path(weights).exists():
         read_tensors(Path(weights))  # which says so
@@ -85,10 +86,11 @@ def open_datasets(
 
     train_set = opened("train", config.data.train, None)
     classes = train_set.categories if train_set is not None else None
-    others = [opened("val", config.data.val, classes), opened("test", config.data.test, classes)]
-    if refusals or train_set is None:
+    val_set, test_set = opened("val", config.data.val, classes), opened("test", config.data.test, classes)
+    if refusals:
         raise DatasetError("\n\n".join(refusals))
-    return train_set, others[0], others[1]
+    assert train_set is not None, "require_settings has looked"
+    return train_set, val_set, test_set
 
 
 def data_warnings(

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detector.coco_eval import CocoResults
 from detector.config import Config, ConfigError, flatten
-from detector.datasets.coco import CocoDataset
+from detector.datasets.coco import CocoDataset, DatasetError
 from detector.datasets.images import ImageError, decode_image
 from detector.datasets.sampling import StepPlanner
 from detector.engine import distributed
@@ -306,10 +306,13 @@ class Run:
             return
         count = min(self.config.train.loss_images, len(val_set))
         indices = np.unique(np.linspace(0, len(val_set) - 1, count).astype(int)).tolist()
-        examples = collect_examples(
-            self.evaluated_model, self.loss, val_set, self.config, device=self.device, indices=indices,
-            max_negatives=100_000,
-        )  # fmt: skip
+        try:
+            examples = collect_examples(
+                self.evaluated_model, self.loss, val_set, self.config, device=self.device, indices=indices,
+                max_negatives=100_000,
+            )  # fmt: skip
+        except DatasetError:  # just these few are broken, which was told
+            return
         self.log.loss_holders(loss_holders(examples, self.loss.class_loss), self.state.step, started=started)
         self.watching += time.monotonic() - started
 

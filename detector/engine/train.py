@@ -154,20 +154,21 @@ def train_one_epoch(run: Run, batches: Iterator[Batch], sampler: TrainSampler, e
     planner, config, device = sampler.planner, run.config, run.device
     plan = planner.epoch(epoch)
     world = distributed.world_size()
-    lost: list[int] = []
+    lost: set[int] = set()
     run.interval.start_clock()
     for within in range(run.state.step - epoch * planner.steps_per_epoch, planner.steps_per_epoch):
         waiting = time.monotonic()
         count = sampler.num_micro_batches(len(plan[within]))
         loaded = [next(batches) for _ in range(count)]
-        lost += [unreadable(i) for b in loaded for i in b.index.tolist() if i < -1]
+        lost |= {unreadable(i) for b in loaded for i in b.index.tolist() if i < -1}
         micro_batches = [to_device(b, device) for b in loaded]
         run.interval.waited += time.monotonic() - waiting
         asked = stop.signum  # read once: a signal may come while the others are told
         told = distributed.sum_over_processes(torch.tensor([int(asked is not None), len(lost)]))
-        if too_many_unreadable(int(told[1]), planner.pictures_per_epoch):
-            everyones = [i for part in distributed.gather(lost) for i in part]
-            raise DatasetError(f"{gone_away(run.train_set, everyones)}, and go on with --resume auto")
+        if too_many_unreadable(int(told[1]), len(run.train_set)):  # a picture may be counted by several processes
+            everyones = sorted(set().union(*distributed.gather(lost)))
+            if too_many_unreadable(len(everyones), len(run.train_set)):  # not saved: the last steps saw too little
+                raise DatasetError(f"{gone_away(run.train_set, everyones)}; then go on with --resume auto")
         if int(told[0]):
             run.save()  # all processes leave before the same step, and none while the first is writing:
             distributed.barrier()  # torchrun ends the others as soon as one is gone

@@ -192,7 +192,7 @@ class ClassLoss:
             return None
         if self._weights is None or self._weights.device != device:
             foreground, background = self.balance(num_classes)
-            self._weights = torch.tensor([*foreground.tolist(), background], device=device)
+            self._weights = torch.cat([foreground, foreground.new_tensor([background])]).to(device, torch.float32)
         return self._weights
 
     def _harmonised(self, outputs: HeadOutputs, labels: Tensor) -> Tensor:

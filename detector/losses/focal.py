@@ -252,7 +252,8 @@ def by_example(values: Tensor, shape: torch.Size, what: str) -> Tensor:
     if missing < 0 or any(mine not in (1, its) for mine, its in zip(values.shape, shape, strict=False)):
         raise ValueError(
             f"{what} must have the first axes of the loss, which has shape {tuple(shape)}, or 1 in their place, got "
-            f"{tuple(values.shape)}; one for each class is {what}[None, :]"
+            f"{tuple(values.shape)}; one for each entry of the last axis is {what}[{', '.join(['None'] * (len(shape) - 1) + [':'])}], "
+            "one for each class of a softmax is alpha"
         )
     return values[(..., *[None] * missing)].expand(shape)
 

@@ -51,7 +51,8 @@ def save(figure: Any, path: Path) -> None:
     """Write a .svg or .png, the same bytes for the same figure."""
     if path.suffix not in (".svg", ".png"):
         raise FigureError(f"a figure must end in .svg or .png, got {path}")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=130)
+    with pyplot().rc_context({"svg.hashsalt": "detector"}):  # else ids are drawn anew each time
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=130)
     pyplot().close(figure)
 
 

@@ -54,6 +54,7 @@ def compare(settings: dict[str, Any], backend: str, device: torch.device, data: 
     model, loss = build_model(config.model, 3).to(device), build_loss(config)
     counts = (0, 20)
     expected = [losses_and_gradients(model, loss, count, device) for count in counts]
+    loss = build_loss(config)  # a new one, which has not yet made anything once and for all
     compile_step(model, loss, backend=backend, fullgraph=True)
     for count, plain in zip(counts, expected, strict=True):
         found = losses_and_gradients(model, loss, count, device)

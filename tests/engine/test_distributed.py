@@ -282,6 +282,8 @@ def test_two_processes_evaluate_save_and_stop_as_one(data: TinyData, tmp_path: P
     one, two = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "whole"))
     assert two["test"]["AP"] == pytest.approx(one["test"]["AP"], abs=0.01)
     assert two["AP"] == pytest.approx(one["AP"], abs=0.01)
+    losses = [[r["loss"] for r in records(tmp_path / run) if "split" in r] for run in ("one", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2), "of the val set, of which each has seen a half"
 
     cut = tmp_path / "cut"
     argv = ["--config", str(config), "--output-dir", str(cut)]

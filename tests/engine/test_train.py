@@ -22,6 +22,7 @@ from detector.engine.checkpoint import load_checkpoint
 from detector.engine.compiling import compile_step
 from detector.engine.errors import DivergedError, RunError
 from detector.engine.evaluate import evaluate_model
+from detector.engine.preflight import require_settings
 from detector.engine.score import score_checkpoint
 from detector.engine.train import train
 from detector.losses import RetinaNetLoss
@@ -459,7 +460,7 @@ def test_a_folder_that_vanishes_while_a_run_goes_on_ends_it_even_if_it_may_skip(
     monkeypatch.setattr(run_module.Run, "announce", announce_and_remove)
     monkeypatch.setattr(train_module, "prove_pipeline", lambda *_, **__: "")
     with pytest.raises(
-        DatasetError, match=f"of the 11 images of .*{which}.json can no longer be read, for example .*{which}/0"
+        DatasetError, match=f"of the 11 images of .*{which}.json cannot be read, for example .*{which}/0"
     ) as told:
         train(config, tmp_path / "run")
     count = int(str(told.value).split()[0])
@@ -467,11 +468,40 @@ def test_a_folder_that_vanishes_while_a_run_goes_on_ends_it_even_if_it_may_skip(
     assert ("--resume auto" in str(told.value)) == (which == "train")
 
 
+def test_one_broken_picture_is_one_however_often_it_is_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The only one of its class, which class-balanced sampling shows again and again, and the only one that is looked at."""
+    annotations = write_coco(tmp_path / "train.json", 24, seed=1, classes={"disc": 3})
+    content = json.loads(annotations.read_text())
+    content["categories"].append({"id": 9, "name": "bar"})
+    for box in content["annotations"]:
+        if box["image_id"] == content["images"][0]["id"]:
+            box["category_id"] = 9
+    annotations.write_text(json.dumps(content))
+    config = tiny_config(
+        tmp_path, TinyData(annotations, annotations), **SHORT, data__on_error="skip", data__sampling="class_balanced",
+        train__loss_images=1, postprocess__score_thresh=0.0,
+    )  # fmt: skip
+    announce = run_module.Run.announce
+
+    def announce_and_remove(*arguments: Any) -> None:
+        announce(*arguments)
+        (images_of(annotations) / content["images"][0]["file_name"]).unlink()
+
+    monkeypatch.setattr(run_module.Run, "announce", announce_and_remove)
+    monkeypatch.setattr(train_module, "prove_pipeline", lambda *_, **__: "")
+    train(config, tmp_path / "run")
+    assert re.search(r"each 0\.52 to 12 times", capsys.readouterr().out)
+
+
 def test_what_needs_no_data_is_told_before_they_are_looked_at(data: TinyData, tmp_path: Path) -> None:
     nowhere = {"images": "/nowhere", "annotations": "/nowhere.json"}
     config = tiny_config(tmp_path, data, data__train=nowhere, data__augment=[{"HorizontalFlop": {}}])
     with pytest.raises(ConfigError, match="HorizontalFlop"):
         train(config, tmp_path / "run")
+    crop = tiny_config(tmp_path, data, data__augment=[{"RandomCrop": {"height": 600, "width": 600}}])
+    require_settings(crop, fresh=True)  # how large the pictures are is not known yet
     missing = str(tmp_path / "none.pt")
     with pytest.raises(WeightsError, match=r"none\.pt"):
         train(tiny_config(tmp_path, data, data__train=nowhere, model__backbone_weights=missing), tmp_path / "run")

@@ -260,8 +260,10 @@ def test_a_model_is_scored_with_the_detections_that_the_config_counts(
     assert [name for name in scored if name.startswith("AR@")] == ["AR@1", "AR@2", "AR@3"]
 
 
-@pytest.mark.parametrize("cls", ["focal", "ohem"])
-@pytest.mark.parametrize("normalizer", ["global", "per_image"])
+@pytest.mark.parametrize(
+    ("cls", "normalizer"),
+    [("focal", "global"), ("focal", "per_image"), ("ohem", "global"), ("quality_focal", "per_image")],
+)
 def test_the_loss_of_the_val_set_is_what_training_would_make_of_it_in_one_step(
     cls: str, normalizer: str, tmp_path: Path
 ) -> None:
