@@ -540,7 +540,7 @@ WORDS = st.sampled_from(
     seed=st.integers(0, 2**63 - 1),
     augment=st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | TEXT, max_size=2),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_config_survives_its_own_yaml(
     tmp_path_factory: pytest.TempPathFactory,
     images: str,

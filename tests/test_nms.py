@@ -18,9 +18,9 @@ CASES = {
     # batch, places, of which candidates, classes, limit
     "nothing found": (2, 300, [0, 0], 3, 10),
     "one box": (1, 1, [1], 1, 5),
-    "more than may be kept": (3, 300, [300, 120, 0], 4, 20),
+    "more than may be kept": (3, 150, [150, 60, 0], 4, 20),
     "fewer than may be kept": (2, 64, [64, 10], 2, 100),
-    "a single class": (1, 500, [500], 1, 300),
+    "a single class": (1, 250, [250], 1, 150),
 }
 
 

@@ -155,7 +155,8 @@ def test_evaluation_takes_no_more_pictures_at_once_than_training(
     monkeypatch.setattr("detector.engine.run.evaluate_model", full)
     config = tiny_config(tmp_path, data, train__epochs=1, train__micro_batch="auto")
     with pytest.raises(
-        RunError, match=r"2 pictures at once in evaluation, and does not; set eval\.batch_size=1, with --resume"
+        RunError,
+        match=r"2 pictures at once in evaluation, and does not; set eval\.batch_size=1 or eval\.loss=false, with --resume",
     ):
         train(config, tmp_path / "out")
     assert asked == [2]

@@ -94,9 +94,7 @@ def test_a_run_killed_at_a_random_step_ends_bit_equal_to_one_left_alone(whole: R
     assert_same_end(out, whole.out, f"killed after step {done}")
 
 
-@pytest.mark.parametrize(
-    "step", [2, pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("step", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3, 5))])
 def test_a_run_that_crashed_goes_on_bit_equal_from_its_last_checkpoint(
     step: int, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +179,9 @@ def changed(run: Run, folder: Path, **settings: Any) -> Config:
     return load_config(run.config, overrides)
 
 
-@pytest.mark.parametrize(("signum", "step"), [(signal.SIGTERM, 1), (signal.SIGINT, 5)])
+@pytest.mark.parametrize(
+    ("signum", "step"), [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 5, marks=pytest.mark.slow)]
+)
 def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_tells_itself_by_the_exit_code(
     signum: signal.Signals,
     step: int,
