@@ -11,7 +11,7 @@ import torch
 
 from detector.config import load_config
 from detector.engine.train import train
-from tests.tiny import TinyData, write_config, write_tiny_data
+from tests.tiny import TinyData, short_resnet, write_config, write_tiny_data
 
 EVERYTHING_ON: dict[str, Any] = {
     "train__ema": {"decay": 0.9},
@@ -42,6 +42,14 @@ def one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_network() -> Iterator[None]:
+    """In all modules but those with a fixture of this name of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detector.models.backbone._torchvision_resnet", short_resnet)
+        yield
+
+
 @pytest.fixture(scope="package")
 def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     return write_tiny_data(tmp_path_factory.mktemp("tiny"))
@@ -51,5 +59,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
 def whole(data: TinyData, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Run:
     folder = tmp_path_factory.mktemp("whole")
     config = write_config(folder / "tiny.yaml", data, **EVERYTHING_ON)
-    train(load_config(config), folder / "run")
+    with pytest.MonkeyPatch.context() as patch:  # made before what belongs to a module
+        patch.setattr("detector.models.backbone._torchvision_resnet", short_resnet)
+        train(load_config(config), folder / "run")
     return Run(config, folder / "run")

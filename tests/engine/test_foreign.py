@@ -27,6 +27,11 @@ SHORT: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_network() -> None:
+    """Not here: the files are of whole networks."""
+
+
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("theirs") / "retinanet_r18.pth"

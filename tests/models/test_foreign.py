@@ -75,7 +75,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-QUICK = ("detectron2 R50 GN", "mmdet R18")
+QUICK = ("mmdet R18",)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])

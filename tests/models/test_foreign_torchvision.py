@@ -129,7 +129,7 @@ def converted(model: nn.Module, folder: Path, *options: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "frozen" else name for name in BUILDS]
+    "name", [name if name == "v2" else pytest.param(name, marks=pytest.mark.slow) for name in BUILDS]
 )
 def test_converted_networks_find_what_torchvision_finds(name: str, tmp_path: Path) -> None:
     paths = pictures(tmp_path / "in")
