@@ -87,6 +87,7 @@ class ValidationLoss:
         # of loss_cls and loss_box before they are divided, positive anchors and images
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
 
+    @torch.inference_mode()
     def add(self, outputs: HeadOutputs, batch: Batch) -> None:
         """Count a batch."""
         matches = self.loss.match(outputs.anchors, batch.targets)
@@ -258,7 +259,7 @@ def round_trip(model: RetinaNet, match: Callable[..., Matches], coco: CocoDatase
 
 def prove_pipeline(
     model: RetinaNet,
-    match: Callable[..., Matches],
+    loss: RetinaNetLoss,
     coco: CocoDataset,
     config: Config,
     *,
@@ -285,8 +286,8 @@ def prove_pipeline(
     published = CocoResults.concatenate([_as_results(coco, i) for i in chosen])
     max_dets = (1, 10, max(100, len(truth.areas)))
     expected = evaluate(truth, published, engine=config.eval.engine, max_dets=max_dets).values["AP50"]
-    with torch.compiler.set_stance("force_eager"):  # `match` may be compiled, for another device
-        back = round_trip(model, match, coco, config, chosen)
+    with torch.compiler.set_stance("force_eager"):  # matching may be compiled, for another device
+        back = round_trip(model, loss.match, coco, config, chosen)
     reached = evaluate(truth, back, engine=config.eval.engine, max_dets=max_dets).values["AP50"]
     if reached < expected - 0.01:
         raise PipelineError(
@@ -294,7 +295,8 @@ def prove_pipeline(
             f"evaluation: AP50 {reached:.3f}, expected {expected:.3f}; this is a fault of the program or of its "
             "anchors, please report it with the config"
         )
-    results, _ = detect(model, coco, config, device=device, indices=chosen)
+    watch = ValidationLoss(loss, device).add if config.eval.loss else None
+    results, _ = detect(model, coco, config, device=device, indices=chosen, watch=watch)
     evaluate(truth, results, engine=config.eval.engine, max_dets=config.eval.max_dets)
     best = f"highest score {results.scores.max():.3f}" if len(results.scores) else "none above the score threshold"
     return (

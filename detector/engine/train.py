@@ -90,7 +90,7 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
         for line in data_warnings(run.model.anchors, train_set, others, config):
             log.warn(line)
         if val_set is not None and start_step == 0:
-            log.info(prove_pipeline(run.model, run.loss.match, val_set, config, device=device))
+            log.info(prove_pipeline(run.model, run.loss, val_set, config, device=device))
         pictures = training_data(train_set, config, log)
         micro_batch = resolved_micro_batch(run, planner, pictures)
         run.config = with_micro_batch(run.config, micro_batch)

@@ -246,11 +246,11 @@ def test_pictures_that_cannot_be_read_are_told_and_count_neither_as_seen_nor_as_
     told = capfd.readouterr().err
     assert "0010.png" in told
     assert "0040.png" in told
-    assert "AP50 1.000" in prove_pipeline(model, build_loss(config).match, coco, config, device=CPU)
+    assert "AP50 1.000" in prove_pipeline(model, build_loss(config), coco, config, device=CPU)
     for i in range(5):
         coco.path(i).unlink(missing_ok=True)
     with pytest.raises(DatasetError, match="none of its pictures with objects can be read"):
-        prove_pipeline(model, build_loss(config).match, coco, config, device=CPU)
+        prove_pipeline(model, build_loss(config), coco, config, device=CPU)
 
 
 def test_a_model_that_finds_nothing_scores_zero_and_keeps_its_mode(data: TinyData, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_model_that_finds_nonsense_scores_about_zero(data: TinyData, tmp_path:
 
 def prove(data: TinyData, config: Config) -> str:
     model = build_model(config.model, 3)
-    return prove_pipeline(model, build_loss(config).match, open_val(data), config, device=CPU)
+    return prove_pipeline(model, build_loss(config), open_val(data), config, device=CPU)
 
 
 def test_a_sound_pipeline_is_proved(data: TinyData, tmp_path: Path) -> None:
@@ -295,14 +295,14 @@ def test_what_training_does_not_see_as_published_is_no_fault_of_the_pipeline(
     annotations.write_text(json.dumps(content))
     config = tiny_config(tmp_path, TinyData(annotations, annotations))
     coco = read_coco(annotations, images_of(annotations), verify="none", progress=False)
-    prove_pipeline(build_model(config.model, 3), build_loss(config).match, coco, config, device=CPU)
+    prove_pipeline(build_model(config.model, 3), build_loss(config), coco, config, device=CPU)
 
 
 def test_images_without_any_objects_are_proved_too(data: TinyData, tmp_path: Path) -> None:
     annotations = write_coco(tmp_path / "empty.json", 3, seed=0, objects=0)
     config = tiny_config(tmp_path, data)
     coco = read_coco(annotations, images_of(annotations), verify="none", progress=False)
-    prove_pipeline(build_model(config.model, 3), build_loss(config).match, coco, config, device=CPU)
+    prove_pipeline(build_model(config.model, 3), build_loss(config), coco, config, device=CPU)
 
 
 @pytest.mark.parametrize("fault", ["encoding", "sizes", "labels"])
@@ -327,3 +327,15 @@ def test_a_pipeline_that_loses_boxes_is_found_out(
         monkeypatch.setattr(evaluate_module, "detections_to_results", shifted)
     with pytest.raises(PipelineError, match="do not come back"):
         prove(data, config)
+
+
+def test_the_loss_of_the_val_set_is_tried_before_the_first_step_too(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("as on a device it was never tried on")
+
+    monkeypatch.setattr(evaluate_module.ValidationLoss, "add", broken)
+    with pytest.raises(RuntimeError, match="never tried on"):
+        prove(data, tiny_config(tmp_path, data))
+    prove(data, tiny_config(tmp_path, data, eval__loss=False))
