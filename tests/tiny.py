@@ -124,14 +124,14 @@ def tiny_config(folder: Path, data: TinyData, **settings: Any) -> Config:
     return load_config(write_config(folder / "tiny.yaml", data, **settings))
 
 
+whole_resnet = backbone._torchvision_resnet
+
+
 def short_resnet(name: str, norm: Callable[[int], nn.Module]) -> Any:
     """In place of `backbone._torchvision_resnet`: ResNet-18 with one block in each layer, which halves the time of a tiny run."""
     if name != "resnet18":
-        return _WHOLE_RESNET(name, norm)
+        return whole_resnet(name, norm)
     return ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm)
-
-
-_WHOLE_RESNET = backbone._torchvision_resnet
 
 
 # ---- processes --------------------------------------------------------------------------------------------------
