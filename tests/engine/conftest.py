@@ -11,7 +11,7 @@ import torch
 
 from detector.config import load_config
 from detector.engine.train import train
-from tests.tiny import TinyData, short_resnet, write_config, write_tiny_data
+from tests.tiny import TinyData, short_resnet, whole_resnet, write_config, write_tiny_data
 
 EVERYTHING_ON: dict[str, Any] = {
     "train__ema": {"decay": 0.9},
@@ -48,6 +48,12 @@ def short_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("detector.models.backbone._torchvision_resnet", short_resnet)
         yield
+
+
+@pytest.fixture
+def whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ResNet-18 as it is: a tool started from the shell has no other, and seeds that meet no kink are of one network."""
+    monkeypatch.setattr("detector.models.backbone._torchvision_resnet", whole_resnet)
 
 
 @pytest.fixture(scope="package")

@@ -40,16 +40,9 @@ from tests.tiny import (
     start_tool,
     wait,
     wait_for,
-    whole_resnet,
     write_coco,
     write_config,
 )
-
-
-@pytest.fixture
-def whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ResNet-18 as it is: a tool that torchrun starts has no other, and seeds that meet no kink are of one network."""
-    monkeypatch.setattr("detector.models.backbone._torchvision_resnet", whole_resnet)
 
 
 @pytest.fixture(scope="module")

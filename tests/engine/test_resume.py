@@ -384,6 +384,7 @@ def crash_at_once(*_: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("whole_network")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_command_line_survives_many_kills(workers: int, data: TinyData, tmp_path: Path) -> None:
     """`python tools/train.py`, killed again and again at random moments, also while it starts and while it saves."""
