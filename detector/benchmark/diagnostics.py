@@ -17,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from detector.config import load_config
 
+TAG = "loss_holders/seconds"
+
 
 class Cost(NamedTuple):
     """Of the diagnostics, once."""
@@ -28,14 +30,17 @@ class Cost(NamedTuple):
 
 
 def costs(run_dir: Path) -> list[Cost]:
-    """Of a run that has evaluated, with `train.loss_images` above 0."""
+    """Of a run; none where no evaluation had the time to look."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     speed = statistics.median(record["images_per_s"] for record in records if "images_per_s" in record)
     step_seconds = load_config(run_dir / "config.yaml").train.batch_size / speed
-    found, before = [], 0
-    for event in events.Scalars("loss_holders/seconds"):
+    found: list[Cost] = []
+    if TAG not in events.Tags()["scalars"]:
+        return found
+    before = 0
+    for event in events.Scalars(TAG):
         found.append(Cost(event.step, event.value, (event.step - before) * step_seconds))
         before = event.step
     return found
@@ -45,7 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     """Read, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path)
-    for cost in costs(parser.parse_args(argv).run_dir):
+    found = costs(parser.parse_args(argv).run_dir)
+    if not found:
+        print(
+            "no evaluation of this run looked at who holds the loss: train.loss_images is 0, or its steps took too little time"
+        )
+    for cost in found:
         print(
             f"step {cost.step}: {cost.seconds:.2f} s beside {cost.of_steps:.1f} s of steps, {cost.seconds / cost.of_steps:.2%}"
         )

@@ -47,7 +47,9 @@ from detector.structures import Batch, Detections
 STEPS_WORTH_COMPILING = 3000
 """With each shape of input. A minute of compilation is won back by then (docs/benchmarks.md)."""
 WATCHING = 0.02
-"""Share of a session that looking at who holds the loss may have taken before it is done again."""
+"""Share of the time of a session's steps that looking at who holds the loss may take."""
+FIRST_LOOK = 2.5
+"""Seconds that the first such look is expected to take, mostly to import matplotlib, beside the passes through the network."""
 
 
 class Run:
@@ -66,7 +68,7 @@ class Run:
     ) -> None:
         self.config, self.output_dir, self.device, self.log = config, output_dir, device, log
         self.train_set = train_set
-        self.started, self.watching = time.monotonic(), 0.0
+        self.stepping = self.watching = self.last_look = 0.0  # seconds, of this session
         self.precision = resolve_precision(config.train.precision, device)
         if config.model.norm == "sync_bn" and device.type == "cpu":
             raise ConfigError("model.norm must not be sync_bn on a CPU (torch has no such kernel); use bn or gn")
@@ -265,6 +267,7 @@ class Run:
             self.evaluated_model, val_set, self.config, device=self.device, progress=progress, watch=watch
         )
         means = losses.means() if watch is not None else {}
+        took = time.monotonic() - started
         best = self.output_dir / "checkpoints" / "best.pt"
         # While AP is undefined (-1: no objects), the latest weights are taken for the best.
         improved = metrics.values["AP"] > self.state.best_ap or self.state.best_ap < 0
@@ -298,13 +301,14 @@ class Run:
             pictures = val_pictures(val_set, results, skip_unreadable=self.config.data.on_error == "skip")
             self.log.pictures("val: truth, predictions", pictures, self.state.step)
         if self.config.train.loss_images:
-            self._log_loss_holders(val_set)
+            self._log_loss_holders(val_set, took / len(val_set))
 
-    def _log_loss_holders(self, val_set: CocoDataset) -> None:
+    def _log_loss_holders(self, val_set: CocoDataset, seconds_per_image: float) -> None:
         started = time.monotonic()
-        if self.watching > WATCHING * (started - self.started):
-            return
         count = min(self.config.train.loss_images, len(val_set))
+        expected = self.last_look or FIRST_LOOK + count * seconds_per_image
+        if self.watching + expected > WATCHING * self.stepping:
+            return
         indices = np.unique(np.linspace(0, len(val_set) - 1, count).astype(int)).tolist()
         try:
             examples = collect_examples(
@@ -314,7 +318,8 @@ class Run:
         except DatasetError:  # just these few are broken, which was told
             return
         self.log.loss_holders(loss_holders(examples, self.loss.class_loss), self.state.step, started=started)
-        self.watching += time.monotonic() - started
+        self.last_look = time.monotonic() - started
+        self.watching += self.last_look
 
     def snapshot(self) -> TrainState:
         """What a checkpoint holds, as of now."""

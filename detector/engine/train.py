@@ -115,10 +115,12 @@ def _train(config: Config, output_dir: Path, resume: str | None, device: torch.d
             # where the evaluation of a finished epoch is due, that epoch comes again, with no step left to do
             start_epoch = start_step // planner.steps_per_epoch - int(evaluation_due)
             for epoch in range(start_epoch, config.train.epochs):
+                started = time.monotonic()
                 try:
                     train_one_epoch(run, batches, sampler, epoch, stop)
                 except torch.OutOfMemoryError as error:
                     raise out_of_memory(run, sampler) from error
+                run.stepping += time.monotonic() - started
                 last = epoch + 1 == config.train.epochs
                 if val_set is not None and (last or (epoch + 1) % config.eval.every_epochs == 0):
                     run.state.evaluation_due = True

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from detector.boxes import decode
-from detector.losses.dense import anchor_losses, dense_focal_loss, dense_loss, one_hot
+from detector.losses.dense import anchor_losses, blocks, dense_focal_loss, dense_loss, one_hot
 from detector.losses.focal import (
+    cross_entropy,
     sigmoid_focal_loss,
     sigmoid_focal_star_loss,
     softmax_focal_loss,
@@ -18,7 +19,14 @@ from detector.losses.focal import (
     weight_of_negatives,
 )
 from detector.losses.hard_examples import hardest_fraction, online_hard_examples
-from detector.losses.relatives import ghm_loss, poly1_focal_loss, quality_focal_loss, varifocal_loss
+from detector.losses.relatives import (
+    bin_of,
+    entries_of_bins,
+    poly1_focal_loss,
+    quality_focal_loss,
+    varifocal_loss,
+    weights_of_bins,
+)
 from detector.structures import HeadOutputs
 
 Kind = Literal["focal", "focal_star", "poly1_focal", "quality_focal", "varifocal", "ghm", "ohem", "bootstrap"]
@@ -108,7 +116,7 @@ class ClassLoss:
         scale = torch.ones(len(labels), device=labels.device) if scale is None else scale
         sizes = [logits.shape[1] for logits in outputs.cls_logits]
         if self.kind == "ghm":
-            return self._harmonised(outputs, labels) * scale
+            return self._harmonised(outputs.cls_logits, torch.split(labels, sizes, dim=1)) * scale
         if self.kind in ("ohem", "bootstrap"):
             labels = self._choose(outputs, labels)
             scale = scale / (labels >= -1).sum(dim=1).clamp(min=1)
@@ -195,13 +203,26 @@ class ClassLoss:
             self._weights = torch.cat([foreground, foreground.new_tensor([background])]).to(device, torch.float32)
         return self._weights
 
-    def _harmonised(self, outputs: HeadOutputs, labels: Tensor) -> Tensor:
-        """GHM-C over the entries of the whole batch, so that the sums of its images add up to the mean times the images."""
-        logits = outputs.all_cls_logits().float()
-        ignored = (labels < -1)[..., None].expand_as(logits)
-        each = ghm_loss(logits, one_hot(labels, logits.shape[-1]).float(), bins=self.ghm_bins, ignore=ignored)
-        images = (labels >= -1).any(dim=1).sum()  # fillers are none
-        return each.sum(dim=(1, 2)) * images / (~ignored).sum().clamp(min=1)
+    def _harmonised(self, logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+        """GHM-C over the entries of the whole batch, (B, A, K) logits and (B, A) labels of each level, so that the sums of its
+        images add up to the mean times the images. Looked at twice: entries are counted, then weighed."""
+
+        def places(x: Tensor, targets: Tensor) -> Tensor:
+            return bin_of((torch.sigmoid(x) - targets).abs(), self.ghm_bins)
+
+        def each(x: Tensor, label: Tensor, _quality: Tensor) -> Tensor:
+            targets = one_hot(label, x.shape[-1]).float()
+            return (cross_entropy(x, targets) * weights[places(x, targets)]).sum(dim=1)
+
+        counts = torch.zeros(self.ghm_bins, dtype=torch.int64, device=labels[0].device)
+        for level in zip(logits, labels, strict=True):
+            for _, x, label in blocks(*level):
+                place = places(x.detach().float(), one_hot(label, x.shape[-1]).float())
+                counts += entries_of_bins(place, (label >= -1)[:, None].expand_as(x), self.ghm_bins)
+        weights = weights_of_bins(counts).float()
+        sums = torch.stack([dense_loss(each, *level) for level in zip(logits, labels, strict=True)]).sum(dim=0)
+        images = torch.stack([(level >= -1).any(dim=1) for level in labels]).any(dim=0).sum()  # fillers are none
+        return sums * images / counts.sum().clamp(min=1)
 
     @torch.no_grad()
     def _choose(self, outputs: HeadOutputs, labels: Tensor) -> Tensor:

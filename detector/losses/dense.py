@@ -7,7 +7,7 @@ as soon as its loss is known, so that memory holds one buffer of the logits' siz
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -54,13 +54,19 @@ def anchor_losses(loss: AnchorLoss, logits: Tensor, labels: Tensor, quality: Ten
     """The loss of every anchor, (B, A) fp32, 0 where ignored; without a gradient. Arguments as in `dense_loss`."""
     quality = torch.zeros(labels.shape, device=labels.device) if quality is None else quality
     out = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
-    rows = max(1, CHUNK // logits.shape[-1])
     with torch.no_grad():
-        for image in range(len(logits)):
-            parts = (torch.split(t[image], rows) for t in (logits, labels, quality, out))
-            for x, label, q, place in zip(*parts, strict=True):
-                place.copy_(_counted(loss, x.float(), label, q))
+        for _, x, label, q, place in blocks(logits, labels, quality, out):
+            place.copy_(_counted(loss, x.float(), label, q))
     return out
+
+
+def blocks(logits: Tensor, labels: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
+    """The rows of (B, A, C) logits and of what else is (B, A, ...), an image and, on a CPU, CHUNK logits at a time: the
+    image's number and the parts, which are views."""
+    rows = CHUNK // logits.shape[-1] if logits.device.type == "cpu" else labels.shape[1]
+    for image in range(len(logits)):
+        parts = (torch.split(t[image], max(1, rows)) for t in (logits, labels, *others))
+        yield from ((image, *part) for part in zip(*parts, strict=True))
 
 
 def _counted(loss: AnchorLoss, x: Tensor, label: Tensor, quality: Tensor) -> Tensor:
@@ -77,15 +83,12 @@ class _ChunkedLoss(torch.autograd.Function):
         sums = torch.zeros(len(logits))
         kept = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         grad = torch.empty_like(logits, dtype=kept, memory_format=torch.contiguous_format)
-        rows = max(1, CHUNK // logits.shape[-1])
-        for image in range(len(logits)):
-            parts = (torch.split(t[image], rows) for t in (logits, labels, quality, grad))
-            for x, label, q, place in zip(*parts, strict=True):
-                leaf = x.float().detach().requires_grad_()
-                with torch.enable_grad():
-                    total = _counted(loss, leaf, label, q).sum()
-                place.copy_(torch.autograd.grad(total, leaf)[0])
-                sums[image] += total.detach()
+        for image, x, label, q, place in blocks(logits, labels, quality, grad):
+            leaf = x.float().detach().requires_grad_()
+            with torch.enable_grad():
+                total = _counted(loss, leaf, label, q).sum()
+            place.copy_(torch.autograd.grad(total, leaf)[0])
+            sums[image] += total.detach()
         ctx.grad, ctx.dtype = grad, logits.dtype
         return sums
 
@@ -177,28 +180,25 @@ class _ChunkedFocalLoss(torch.autograd.Function):
         gamma: float,
         scale: Tensor,
     ) -> Tensor:
-        batch, _, num_classes = logits.shape
-        sums = torch.zeros(batch)
+        sums = torch.zeros(len(logits))
         # fp16 cannot hold the gradient of an easy negative before GradScaler's factor arrives in `backward`
         kept = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         grad = torch.empty_like(logits, dtype=kept, memory_format=torch.contiguous_format)
-        rows = max(1, CHUNK // num_classes)
-        for image, factor in enumerate((scale * negative_weight).tolist()):
-            chunks = zip(*(torch.split(t[image], rows) for t in (logits, grad, labels)), strict=True)
-            for x, gradient, label in chunks:
-                weight, log_term, slope = _negatives(x.float(), gamma)
-                positive, ignored = torch.nonzero(label >= 0).squeeze(1), torch.nonzero(label < -1).squeeze(1)
-                log_term[positive, label[positive]] = 0.0
-                weight[ignored] = log_term[ignored] = slope[ignored] = 0.0
-                sums[image] += torch.dot(weight.flatten(), log_term.flatten()) * factor
-                torch.mul(slope, factor, out=gradient)
+        factors = (scale * negative_weight).tolist()
+        for image, x, label, gradient in blocks(logits, labels, grad):
+            weight, log_term, slope = _negatives(x.float(), gamma)
+            positive, ignored = torch.nonzero(label >= 0).squeeze(1), torch.nonzero(label < -1).squeeze(1)
+            log_term[positive, label[positive]] = 0.0
+            weight[ignored] = log_term[ignored] = slope[ignored] = 0.0
+            sums[image] += torch.dot(weight.flatten(), log_term.flatten()) * factors[image]
+            torch.mul(slope, factors[image], out=gradient)
         images, anchors = torch.nonzero(labels >= 0, as_tuple=True)
         classes = labels[images, anchors]
         entry = (images, anchors, classes)
         weight, log_term, slope = _of_any_logits(-logits[entry].float(), gamma)
-        factors = positive_weight[classes] * scale[images]
-        sums.index_add_(0, images, factors * weight * log_term)
-        grad[entry] = (-factors * slope).to(grad.dtype)
+        weights = positive_weight[classes] * scale[images]
+        sums.index_add_(0, images, weights * weight * log_term)
+        grad[entry] = (-weights * slope).to(grad.dtype)
         ctx.grad, ctx.dtype = grad, logits.dtype
         return sums
 

@@ -93,16 +93,29 @@ def ghm_weights(gradient: Tensor, *, bins: int = 10, ignore: Tensor | None = Non
     Returns:
         In the shape of `gradient`; 0 where ignored. The mean over what is not ignored is 1.
     """
-    place = (gradient.detach() * bins).long().clamp(0, bins - 1)
+    place = bin_of(gradient, bins)
     valid = torch.ones_like(gradient, dtype=torch.bool)
     if ignore is not None:
         valid = ~by_example(ignore, gradient.shape, "ignore").bool()
-    # integers: a sum of ones in fp32 stands still at 16.8 million
-    counts = torch.zeros(bins, dtype=torch.int64, device=gradient.device)
-    counts.index_add_(0, place.flatten(), valid.flatten().long())
+    weights = weights_of_bins(entries_of_bins(place, valid, bins))
+    return torch.where(valid, weights.to(gradient.dtype)[place], 0.0)
+
+
+def bin_of(gradient: Tensor, bins: int) -> Tensor:
+    """Which of `bins` of equal width each gradient of 0..1 is in; no gradient."""
+    return (gradient.detach() * bins).long().clamp(0, bins - 1)
+
+
+def entries_of_bins(place: Tensor, valid: Tensor, bins: int) -> Tensor:
+    """(bins,) int64: how many valid entries are in each (a sum of ones in fp32 would stand still at 16.8 million)."""
+    counts = torch.zeros(bins, dtype=torch.int64, device=place.device)
+    return counts.index_add_(0, place.flatten(), valid.flatten().long())
+
+
+def weights_of_bins(counts: Tensor) -> Tensor:
+    """What the entries of each bin weigh, (bins,) fp64, for `counts` (bins,) of them."""
     filled = (counts > 0).sum().clamp(min=1)
-    weight = counts.sum().double() / (counts.clamp(min=1) * filled).double()
-    return torch.where(valid, weight.to(gradient.dtype)[place], 0.0)
+    return counts.sum().double() / (counts.clamp(min=1) * filled).double()
 
 
 def ghm_loss(

@@ -448,8 +448,9 @@ def test_losses_and_their_derivatives_are_drawn_by_probability_or_by_logit(
 
 
 def test_training_watches_who_holds_the_loss(
-    data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("detector.engine.run.WATCHING", 1e9)  # a run of seconds
     weighted = {"loss__alpha": [1.0, 2.0, 3.0], "loss__negative_weight": 0.1}
     config = tiny_config(tmp_path, data, train__epochs=1, train__loss_images=5, **weighted)
     train(config, tmp_path / "run")
@@ -491,14 +492,33 @@ def test_training_watches_who_holds_the_loss(
     assert capsys.readouterr().out.startswith(f"step {cost.step}: {seconds:.2f} s beside {of_steps:.1f} s of steps, ")
 
 
-@pytest.mark.parametrize(("share", "looks"), [(0.0, [1]), (1e9, [1, 2, 3])])
-def test_it_is_looked_at_as_often_as_its_share_of_the_time_allows(
-    share: float, looks: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("share", "first_look", "looks"),
+    [(1e9, 2.5, [1, 2, 3]), (0.0, 2.5, []), (1e9, 1e30, []), (1e-9, -1e6, [1])],
+    ids=[
+        "all fit",
+        "none may take any time",
+        "the first would take too long",
+        "the first used up what the second needs",
+    ],
+)
+def test_it_is_looked_at_only_where_its_share_of_the_time_allows(
+    share: float,
+    first_look: float,
+    looks: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("detector.engine.run.WATCHING", share)
+    monkeypatch.setattr("detector.engine.run.FIRST_LOOK", first_look)
     annotations = write_coco(tmp_path / "one.json", 1, seed=1)
     data = TinyData(annotations, annotations)
     train(tiny_config(tmp_path, data, train__epochs=3, train__loss_images=1), tmp_path / "run")
+    capsys.readouterr()
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
-    assert [event.step for event in events.Scalars("loss_holders/seconds")] == looks
+    assert ("loss_holders/seconds" in events.Tags()["scalars"]) == bool(looks)
+    assert [cost.step for cost in costs(tmp_path / "run")] == looks
+    assert diagnostics([str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.startswith("step 1: " if looks else "no evaluation of this run looked")

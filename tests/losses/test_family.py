@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
+from detector.engine.memory import peak_of
 from detector.losses import (
     ClassLoss,
     effective_number,
@@ -490,6 +491,23 @@ def test_dense_sums_and_gradients_are_those_of_the_single_losses(
     weights = torch.tensor([1.0, 3.0])  # images need not count alike
     torch.autograd.backward([(sums * weights).sum(), (expected * weights).sum()])
     torch.testing.assert_close(fast.grad, plain.grad)
+
+
+@pytest.mark.parametrize("name", [n for n in KINDS if "ohem" not in n and "by class" not in n])
+def test_memory_holds_one_buffer_of_the_logits_size(name: str) -> None:
+    loss = class_loss(name)
+    columns = 20 + (loss.activation == "softmax")
+    levels = [torch.randn(1, anchors, columns, requires_grad=True) for anchors in (400_000, 100_000)]
+    labels = torch.full((1, 500_000), -1)
+    labels[0, ::1000] = torch.arange(500) % 20
+    quality = torch.rand(labels.shape)
+    outputs = HeadOutputs(tuple(levels), (), torch.zeros(0, 4))
+
+    def work() -> None:
+        torch.autograd.backward(loss(outputs, labels, quality).sum())
+
+    needed = peak_of(work, torch.device("cpu")) / sum(level.nbytes for level in levels)
+    assert 0.9 < needed < 2.0, "the gradient itself, and what is as large as the labels"
 
 
 def test_a_dense_loss_keeps_one_buffer_and_can_be_differentiated_once() -> None:
