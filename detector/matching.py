@@ -57,8 +57,7 @@ def match_anchors(
             `anchors.pyramid_grids` gives them.
     """
     if grids is not None and anchors.device.type == "cpu" and bg_iou_thresh > 0 and not torch.compiler.is_compiling():
-        rows = _rows_of_windows(anchors, targets, grids, fg_iou_thresh, bg_iou_thresh, low_quality_matches)
-        matched = torch.stack(rows) if rows else torch.zeros(0, len(anchors), dtype=torch.int64)
+        matched = _windows(anchors, targets, grids, fg_iou_thresh, bg_iou_thresh, low_quality_matches)
     else:
         matched = _all_pairs(anchors, targets, fg_iou_thresh, bg_iou_thresh, low_quality_matches)
     if ignore_regions and targets.ignore_boxes.shape[1]:
@@ -114,6 +113,8 @@ def _block_iou(anchors: Tensor, targets: Targets, start: int, step: int) -> Tens
 # intervals with the box's, and that of the rows'. From the best of either follows at once whether any anchor of the shape can
 # reach a threshold, and which columns and rows can. What is left are small windows, whose anchors are looked at one by one.
 
+WINDOWS_AT_ONCE = 1_000_000
+"""Anchors of a batch and overlaps of its objects with rows and columns that are looked at together: more leave the cache."""
 SLACK = 1e-4
 """Windows are chosen by this much more generously than exact arithmetic would need."""
 
@@ -167,80 +168,89 @@ def _axes(anchors: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[_Axis, _Ax
     )
 
 
-def _rows_of_windows(
+def _windows(
     anchors: Tensor,
     targets: Targets,
     grids: Sequence[tuple[int, int]],
     fg_iou_thresh: float,
     bg_iou_thresh: float,
     low_quality_matches: bool,
-) -> list[Tensor]:
-    """What `_all_pairs` gives, image by image."""
+) -> Tensor:
+    """What `_all_pairs` gives: (B, A). The objects of all images go together, or those of half the images at a time."""
+    settings = (fg_iou_thresh, bg_iou_thresh, low_quality_matches)
+    batch = len(targets.boxes)
+
+    def halves() -> Tensor:
+        parts = zip(*(torch.tensor_split(t, 2) for t in targets), strict=True)
+        return torch.cat([_windows(anchors, Targets(*part), grids, *settings) for part in parts])
+
+    image, number = torch.nonzero(targets.labels >= 0, as_tuple=True)
+    matched = torch.full((batch * len(anchors),), BACKGROUND)
+    if not len(image):
+        return matched.view(batch, len(anchors))
+    shapes = len(anchors) // sum(h * w for h, w in grids)
+    if batch > 1 and len(matched) + len(image) * shapes * sum(h + w for h, w in grids) > WINDOWS_AT_ONCE:
+        return halves()
     x_axis, y_axis = _axes(anchors, grids)
     cells = torch.tensor([h * w for h, w in grids])
-    shapes = x_axis.shapes
     level = torch.arange(len(grids)).repeat_interleave(shapes)
     first_anchor = ((cells.cumsum(0) - cells) * shapes)[level] + torch.arange(shapes).repeat(len(grids))
     width = torch.tensor([w for _, w in grids])[level]
     x_start, y_start = x_axis.starts(), y_axis.starts()
     # Of a shape, the size is nearly the same everywhere (but for rounding, which SLACK is for).
     shape_area = (x_axis.high - x_axis.low)[x_start] * (y_axis.high - y_axis.low)[y_start]
-    rows = []
-    for boxes, labels in zip(targets.boxes, targets.labels, strict=True):
-        matched = torch.full((len(anchors),), BACKGROUND)
-        rows.append(matched)
-        number = torch.nonzero(labels >= 0).squeeze(1)
-        if not len(number):
-            continue
-        boxes = boxes[number]
-        box_area = area(boxes)
-        x_overlap, y_overlap = x_axis.overlaps(boxes[:, 0], boxes[:, 2]), y_axis.overlaps(boxes[:, 1], boxes[:, 3])
-        x_most = torch.cat([part.amax(dim=2) for part in x_axis.by_shape(x_overlap)], dim=1)
-        y_most = torch.cat([part.amax(dim=2) for part in y_axis.by_shape(y_overlap)], dim=1)
-        both = box_area[:, None] + shape_area
-        most = x_most * y_most
-        best_iou = most / (both - most)
-        least_iou = torch.full_like(box_area, bg_iou_thresh)
-        if low_quality_matches:
-            least_iou = torch.minimum(least_iou, best_iou.amax(dim=1))
-        least_iou = least_iou * (1 - SLACK)
-        reached = (best_iou >= least_iou[:, None]) & (most > 0)
-        # overlap / (both - overlap) >= least
-        least = (least_iou / (1 + least_iou))[:, None] * both * (1 - SLACK)
-        column, columns = x_axis.reaching(x_overlap, least / y_most)
-        row, lines = y_axis.reaching(y_overlap, least / x_most)
 
-        box, shape = torch.nonzero(reached, as_tuple=True)
-        window = columns[box, shape] * lines[box, shape]
-        if int(window.sum()) > PAIRS_AT_ONCE:  # large objects at a low threshold, which concern everything
-            alone = Targets(boxes[None], labels[None, number], targets.ignore_boxes[:0])
-            (dense,) = _all_pairs(anchors, alone, fg_iou_thresh, bg_iou_thresh, low_quality_matches)
-            matched.copy_(torch.where(dense >= 0, number[dense.clamp(min=0)], dense))
-            continue
-        pair = torch.repeat_interleave(torch.arange(len(box)), window)
-        place = torch.arange(len(pair)) - (window.cumsum(0) - window)[pair]
-        box, shape = box[pair], shape[pair]
-        line = torch.div(place, columns[box, shape], rounding_mode="floor")
-        x = column[box, shape] + place - line * columns[box, shape]
-        y = row[box, shape] + line
-        anchor = first_anchor[shape] + (y * width[shape] + x) * shapes
-        x, y = x + x_start[shape], y + y_start[shape]
-        overlap = x_overlap[box, x] * y_overlap[box, y]
-        own_area = (x_axis.high - x_axis.low)[x] * (y_axis.high - y_axis.low)[y]
-        iou = overlap / (box_area[box] + own_area - overlap)
+    boxes = targets.boxes[image, number]
+    box_area = area(boxes)
+    x_overlap, y_overlap = x_axis.overlaps(boxes[:, 0], boxes[:, 2]), y_axis.overlaps(boxes[:, 1], boxes[:, 3])
+    x_most = torch.cat([part.amax(dim=2) for part in x_axis.by_shape(x_overlap)], dim=1)
+    y_most = torch.cat([part.amax(dim=2) for part in y_axis.by_shape(y_overlap)], dim=1)
+    both = box_area[:, None] + shape_area
+    most = x_most * y_most
+    best_iou = most / (both - most)
+    least_iou = torch.full_like(box_area, bg_iou_thresh)
+    if low_quality_matches:
+        least_iou = torch.minimum(least_iou, best_iou.amax(dim=1))
+    least_iou = least_iou * (1 - SLACK)
+    reached = (best_iou >= least_iou[:, None]) & (most > 0)
+    # overlap / (both - overlap) >= least
+    least = (least_iou / (1 + least_iou))[:, None] * both * (1 - SLACK)
+    column, columns = x_axis.reaching(x_overlap, least / y_most)
+    row, lines = y_axis.reaching(y_overlap, least / x_most)
 
-        best = torch.full((len(anchors),), -1.0).scatter_reduce_(0, anchor, iou, "amax")
-        won = iou == best[anchor]
-        object_ = torch.full((len(anchors),), len(labels)).scatter_reduce_(0, anchor[won], number[box[won]], "amin")
-        matched[best >= bg_iou_thresh] = IGNORED
-        positive = best >= fg_iou_thresh
-        matched[positive] = object_[positive]
-        if low_quality_matches:
-            highest = torch.zeros(len(boxes)).scatter_reduce_(0, box, iou, "amax")
-            tied = torch.unique(anchor[(iou == highest[box]) & (highest[box] > 0)])
-            known = best[tied] >= bg_iou_thresh
-            matched[tied[known]] = object_[tied[known]]
-            # A weak overlap may be the best of its object and yet not of its anchor: these few are compared with all objects.
-            for few in torch.split(tied[~known], max(1, PAIRS_AT_ONCE // len(boxes))):
-                matched[few] = number[pairwise_iou(boxes, anchors[few]).argmax(dim=0)]
-    return rows
+    box, shape = torch.nonzero(reached, as_tuple=True)
+    window = columns[box, shape] * lines[box, shape]
+    if int(window.sum()) > PAIRS_AT_ONCE:
+        # of one image: large objects at a low threshold, which concern everything
+        return halves() if batch > 1 else _all_pairs(anchors, targets, *settings)
+    pair = torch.repeat_interleave(torch.arange(len(box)), window)
+    place = torch.arange(len(pair)) - (window.cumsum(0) - window)[pair]
+    box, shape = box[pair], shape[pair]
+    line = torch.div(place, columns[box, shape], rounding_mode="floor")
+    x = column[box, shape] + place - line * columns[box, shape]
+    y = row[box, shape] + line
+    # the place in `matched`, where the images' anchors lie one after the other
+    anchor = image[box] * len(anchors) + first_anchor[shape] + (y * width[shape] + x) * shapes
+    x, y = x + x_start[shape], y + y_start[shape]
+    overlap = x_overlap[box, x] * y_overlap[box, y]
+    own_area = (x_axis.high - x_axis.low)[x] * (y_axis.high - y_axis.low)[y]
+    iou = overlap / (box_area[box] + own_area - overlap)
+
+    best = torch.full(matched.shape, -1.0).scatter_reduce_(0, anchor, iou, "amax")
+    won = iou == best[anchor]
+    none = targets.labels.shape[1]
+    object_ = torch.full_like(matched, none).scatter_reduce_(0, anchor[won], number[box[won]], "amin")
+    matched[best >= bg_iou_thresh] = IGNORED
+    positive = best >= fg_iou_thresh
+    matched[positive] = object_[positive]
+    if low_quality_matches:
+        highest = torch.zeros(len(boxes)).scatter_reduce_(0, box, iou, "amax")
+        tied = torch.unique(anchor[(iou == highest[box]) & (highest[box] > 0)])
+        known = best[tied] >= bg_iou_thresh
+        matched[tied[known]] = object_[tied[known]]
+        # A weak overlap may be the best of its object and yet not of its anchor: these few are compared with all objects.
+        for few in torch.split(tied[~known], max(1, PAIRS_AT_ONCE // len(boxes))):
+            own = torch.div(few, len(anchors), rounding_mode="floor")
+            with_all = pairwise_iou(boxes, anchors[few - own * len(anchors)])
+            matched[few] = number[torch.where(image[:, None] == own, with_all, -1.0).argmax(dim=0)]
+    return matched.view(batch, len(anchors))

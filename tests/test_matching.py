@@ -201,7 +201,10 @@ def both_ways(
     grids = pyramid_grids(size)
     anchors = build_anchors(BUILDS[build])(size, grids, torch.device("cpu"))
     empty = torch.zeros(0, 4)
-    targets = pad_targets([boxes, empty, boxes[: len(boxes) // 2]])
+    others = boxes[: len(boxes) // 2].flip(0) + torch.tensor(
+        [11.0, 7.0, 19.0, 9.0]
+    )  # near the first image's, and yet not theirs
+    targets = pad_targets([boxes, empty, others])
     plain = match(anchors, targets, low_quality, **more)
     return match(anchors, targets, low_quality, grids=grids, **more).matched, plain.matched
 
@@ -234,7 +237,12 @@ def test_windows_find_what_all_pairs_find(
 
 @pytest.mark.parametrize("low_quality", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 1000])
-def test_windows_find_the_same_in_a_crowd(count: int, low_quality: bool) -> None:
+@pytest.mark.parametrize("at_once", [1, 1_000_000])
+def test_windows_find_the_same_in_a_crowd(
+    count: int, low_quality: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Image by image or together."""
+    monkeypatch.setattr(detector.matching, "WINDOWS_AT_ONCE", at_once)
     windows, plain = both_ways("usual", (256, 256), random_boxes(count, 3), low_quality)
     assert torch.equal(windows, plain)
     assert bool((windows >= 0).any()) == (count > 1 or (count == 1 and low_quality))

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detector.config import Config, load_config
 from detector.engine.command_line import command
+from detector.engine.memory import keep_freed_memory
 from detector.engine.train import train
 
 
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.init_from is not None:
         overrides.append(f"train.init_from={arguments.init_from}")
     config = load_config(arguments.config, overrides)
+    keep_freed_memory()
     output_dir = arguments.output_dir or Path("runs") / arguments.config.stem
     metrics = train(config, output_dir, resume=arguments.resume)
     if os.environ.get("RANK", "0") == "0":

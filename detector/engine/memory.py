@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import socket
 import threading
 from collections.abc import Callable
@@ -23,6 +24,9 @@ from detector.engine.run import Run
 from detector.structures import Targets
 
 Work = Callable[[], object]
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
 
 SPARE = 0.1
 """Share of the free memory that a step is not to use: what evaluation, pictures and fragments take."""
@@ -246,6 +250,17 @@ def free_memory() -> int | None:
         except (OSError, KeyError, ValueError):
             continue
     return free
+
+
+def keep_freed_memory() -> None:
+    """Tell the C library to keep what it gets back: a step asks for the same memory as the one before, and pages that went
+    to the system come back empty, one fault each (a ResNet-18's steps of small pictures on two cores take 5 % less time). Only glibc
+    knows how; where the environment has told it otherwise, that stands."""
+    if platform.libc_ver()[0] != "glibc" or any(key.startswith(("MALLOC_", "GLIBC_TUNABLES")) for key in os.environ):
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # larger blocks may still go back: kept, they would leave holes
+    mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def peak_of(work: Work, device: torch.device) -> int:

@@ -40,9 +40,9 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def every_pair(anchors: Tensor, targets: Any, grids: object, *settings: Any) -> list[Tensor]:
-    """In place of `matching._rows_of_windows`."""
-    return list(matching._all_pairs(anchors, targets, *settings))
+def every_pair(anchors: Tensor, targets: Any, grids: object, *settings: Any) -> Tensor:
+    """In place of `matching._windows`."""
+    return matching._all_pairs(anchors, targets, *settings)
 
 
 def autograd_focal_loss(
@@ -75,7 +75,7 @@ def plus_enlarged(fine: Tensor, coarse: Tensor) -> Tensor:
 
 
 REPLACED: tuple[tuple[Any, str, Any], ...] = (
-    (matching, "_rows_of_windows", every_pair),
+    (matching, "_windows", every_pair),
     (class_loss, "dense_focal_loss", autograd_focal_loss),
     (backbone, "normed_conv", layer_by_layer),
     (fpn, "_plus_enlarged", plus_enlarged),
