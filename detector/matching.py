@@ -221,8 +221,12 @@ def _windows(
     box, shape = torch.nonzero(reached, as_tuple=True)
     window = columns[box, shape] * lines[box, shape]
     if int(window.sum()) > PAIRS_AT_ONCE:
-        # of one image: large objects at a low threshold, which concern everything
-        return halves() if batch > 1 else _all_pairs(anchors, targets, *settings)
+        if batch > 1:
+            return halves()
+        # large objects at a low threshold, which concern everything
+        objects = int(number.max()) + 1  # without padding for other images
+        alone = Targets(targets.boxes[:, :objects], targets.labels[:, :objects], targets.ignore_boxes)
+        return _all_pairs(anchors, alone, *settings)
     pair = torch.repeat_interleave(torch.arange(len(box)), window)
     place = torch.arange(len(pair)) - (window.cumsum(0) - window)[pair]
     box, shape = box[pair], shape[pair]
@@ -249,8 +253,11 @@ def _windows(
         known = best[tied] >= bg_iou_thresh
         matched[tied[known]] = object_[tied[known]]
         # A weak overlap may be the best of its object and yet not of its anchor: these few are compared with all objects.
-        for few in torch.split(tied[~known], max(1, PAIRS_AT_ONCE // len(boxes))):
-            own = torch.div(few, len(anchors), rounding_mode="floor")
-            with_all = pairwise_iou(boxes, anchors[few - own * len(anchors)])
-            matched[few] = number[torch.where(image[:, None] == own, with_all, -1.0).argmax(dim=0)]
+        unknown = tied[~known]
+        of_image = torch.div(unknown, len(anchors), rounding_mode="floor")
+        for i in torch.unique(of_image).tolist():
+            own = image == i
+            for few in torch.split(unknown[of_image == i], max(1, PAIRS_AT_ONCE // int(own.sum()))):
+                overlap = pairwise_iou(boxes[own], anchors[few - i * len(anchors)])
+                matched[few] = number[own][overlap.argmax(dim=0)]
     return matched.view(batch, len(anchors))

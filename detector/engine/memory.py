@@ -232,6 +232,7 @@ def _make_cache(
 def free_memory() -> int | None:
     """Bytes of main memory that this process may still take, of the machine or of its containers (cgroup v2); what files keep there
     only as long as nobody needs the room counts as free. None where unknown."""
+    _give_back()
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
@@ -272,10 +273,16 @@ def peak_of(work: Work, device: torch.device) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that what is needed shows
+    _give_back()  # so that what is needed shows
     with _Watch() as watch:
         work()
     return watch.peak - watch.before
+
+
+def _give_back() -> None:
+    """To the system, what the C library keeps of what was freed."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Watch:

@@ -315,9 +315,9 @@ class Run:
                 self.evaluated_model, self.loss, val_set, self.config, device=self.device, indices=indices,
                 max_negatives=100_000,
             )  # fmt: skip
+            self.log.loss_holders(loss_holders(examples, self.loss.class_loss), self.state.step, started=started)
         except DatasetError:  # just these few are broken, which was told
-            return
-        self.log.loss_holders(loss_holders(examples, self.loss.class_loss), self.state.step, started=started)
+            pass
         self.last_look = time.monotonic() - started
         self.watching += self.last_look
 
