@@ -55,6 +55,32 @@ def test_the_kernel_keeps_what_torchvision_keeps() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("block", "warps"), [(128, 4), (8192, 16)])
+def test_the_kernel_can_be_compiled_without_a_gpu(
+    capability: int, block: int, warps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All the way to machine code of an A100 and an H100."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pytest.importorskip("triton.backends.nvidia")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from detector.nms import _suppress
+
+    types = {
+        "boxes": "*fp32",
+        "scores": "*fp32",
+        "labels": "*i64",
+        "kept": "*i64",
+        "count": "i32",
+        "nms_thresh": "fp32",
+    }
+    source = ASTSource(_suppress, {**types, "LIMIT": "constexpr", "BLOCK": "constexpr"}, {"LIMIT": 100, "BLOCK": block})
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    assert compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_compiled_kernel_keeps_what_torchvision_keeps() -> None:

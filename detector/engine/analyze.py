@@ -378,7 +378,7 @@ def analyze_checkpoint(
     model = model_of(state, device)
     if state.origin:  # another program's: how its anchors were matched is for the user to say
         state.config = state.config.model_copy(update={"matching": config.matching})
-    loss = build_loss(state.config, alpha=state.alpha)
+    loss = build_loss(state.config, alpha=state.alpha).to(device)
     with Progress(console=Console(highlight=False)) as bar:
         task = bar.add_task(f"looking at {len(dataset)} images", total=len(dataset))
         examples = collect_examples(

@@ -87,22 +87,23 @@ class Detector:
         """What the network says about a batch; arguments as above."""
         if self.device.type == "cuda":  # the copy is in that precision
             with untried_algorithms():
-                return self.model(images, image_sizes.to(self.device))  # type: ignore[no-any-return]
+                return self.model(images, image_sizes.to(self.device, non_blocking=True))  # type: ignore[no-any-return]
         with autocast(self.precision, self.device):
             return self.model(images, image_sizes)  # type: ignore[no-any-return]
 
     def _places(self, images: Tensor, image_sizes: Tensor) -> Places:
+        sizes = image_sizes.to(images.device, non_blocking=True)
         key = (tuple(images.shape), images.dtype, images.stride())
         if key not in self._captured:
             again = key in self._seen
             self._seen.add(key)
             if not again or len(self._captured) >= MAX_GRAPHS:
                 with untried_algorithms():
-                    return self._find(images, image_sizes.to(images.device))
-            self._captured[key] = self._capture(images, image_sizes.to(images.device))
+                    return self._find(images, sizes)
+            self._captured[key] = self._capture(images, sizes)
         captured = self._captured[key]
         captured.images.copy_(images, non_blocking=True)
-        captured.sizes.copy_(image_sizes, non_blocking=True)
+        captured.sizes.copy_(sizes)
         captured.graph.replay()
         return captured.places
 

@@ -93,7 +93,7 @@ class Run:
         alpha = class_weights(config.loss, train_set)
         if alpha is not None:
             self.log.info(class_weights_text(alpha, train_set))
-        self.loss: RetinaNetLoss = build_loss(config, alpha=alpha)
+        self.loss: RetinaNetLoss = build_loss(config, alpha=alpha).to(device)
         self.base_lr, self.lr_text = scaled_lr(config.optim, config.train.batch_size)
         self.optimizer = build_optimizer(self.model, config.optim, lr=self.base_lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
@@ -323,8 +323,8 @@ class Run:
 
     def snapshot(self) -> TrainState:
         """What a checkpoint holds, as of now."""
-        weights = [*self.model.state_dict().values()]
-        if not all(bool(torch.isfinite(w).all()) for w in weights if w.is_floating_point()):
+        weights = [w for w in self.model.state_dict().values() if w.is_floating_point()]
+        if not bool(torch.stack([torch.isfinite(w).all() for w in weights]).all()):
             raise DivergedError(
                 f"weights are no longer finite after step {self.state.step}; checkpoints in "
                 f"{self.output_dir / 'checkpoints'} are untouched; lower optim.lr or set optim.clip_grad_norm"

@@ -7,9 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import generalized_box_iou_loss
 
-from detector.boxes import decode, encode
+from detector.boxes import area, decode, encode
 
 BoxLoss = Literal["smooth_l1", "l1", "giou"]
 
@@ -30,12 +29,22 @@ def box_loss(deltas: Tensor, anchors: Tensor, boxes: Tensor, *, kind: BoxLoss, b
     """
     deltas = deltas.float()
     if kind == "giou":
-        loss: Tensor = generalized_box_iou_loss(decode(deltas, anchors), boxes, reduction="none")
-        return loss
+        return _giou_loss(decode(deltas, anchors), boxes)
     wanted = encode(boxes, anchors)
     if kind == "l1":
         return F.l1_loss(deltas, wanted, reduction="none").sum(dim=-1)
     return F.smooth_l1_loss(deltas, wanted, reduction="none", beta=beta).sum(dim=-1)
+
+
+def _giou_loss(found: Tensor, wanted: Tensor, *, eps: float = 1e-7) -> Tensor:
+    """1 - GIoU of each pair (Rezatofighi et al. 2019, algorithm 2). torchvision's function picks the pairs that overlap,
+    for which a GPU has to be waited for."""
+    shared = torch.minimum(found[..., 2:], wanted[..., 2:]) - torch.maximum(found[..., :2], wanted[..., :2])
+    hull = torch.maximum(found[..., 2:], wanted[..., 2:]) - torch.minimum(found[..., :2], wanted[..., :2])
+    inter = shared[..., 0].clamp(min=0) * shared[..., 1].clamp(min=0)
+    around = hull[..., 0] * hull[..., 1]
+    union = area(found) + area(wanted) - inter
+    return 1 - inter / (union + eps) + (around - union) / (around + eps)
 
 
 def matched_boxes(anchors: Tensor, boxes: Tensor, index: Tensor) -> Tensor:

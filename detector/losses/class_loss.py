@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detector.boxes import decode
 from detector.losses.dense import anchor_losses, blocks, dense_focal_loss, dense_loss, one_hot
@@ -46,7 +46,7 @@ USES: dict[Kind, tuple[str, ...]] = {
 """The settings of `loss` that matter to each kind; ohem and bootstrap are plain cross entropy."""
 
 
-class ClassLoss:
+class ClassLoss(nn.Module):
     """A class loss with its settings; called with what the network says and what it should have said. Settings that a kind
     does not use (see USES) change nothing.
 
@@ -79,11 +79,15 @@ class ClassLoss:
         ohem_negatives_per_positive: int | None = None,
         bootstrap_fraction: float = 0.01,
     ) -> None:
+        super().__init__()
         self.kind: Kind = kind
         self.activation: Activation = activation
-        self.alpha: float | Tensor | None = None
-        if "alpha" in USES[kind]:
-            self.alpha = torch.tensor(alpha) if isinstance(alpha, Sequence) else alpha
+        alpha = alpha if "alpha" in USES[kind] else None
+        self.alpha: float | Tensor | None
+        if isinstance(alpha, Sequence):
+            self.register_buffer("alpha", torch.tensor(alpha), persistent=False)  # so that it lies where the logits do
+        else:
+            self.alpha = alpha
         self.gamma = gamma if "gamma" in USES[kind] else 0.0
         self.negative_weight = negative_weight if "negative_weight" in USES[kind] else None
         self.varifocal_alpha = varifocal_alpha
@@ -94,12 +98,11 @@ class ClassLoss:
         self.ohem_nms_thresh = ohem_nms_thresh
         self.ohem_negatives_per_positive = ohem_negatives_per_positive
         self.bootstrap_fraction = bootstrap_fraction
-        self._weights: Tensor | None = None
         self.is_mean = kind in ("ghm", "ohem", "bootstrap")
         """Whether it is a mean over entries or anchors already, so that the number of images divides it rather than that of
         the positives."""
 
-    def __call__(
+    def forward(
         self, outputs: HeadOutputs, labels: Tensor, quality: Tensor | None, scale: Tensor | None = None
     ) -> Tensor:
         """Sums per image, or means where `is_mean`, times `scale`.
@@ -143,9 +146,8 @@ class ClassLoss:
     def level(self, logits: Tensor, labels: Tensor, quality: Tensor | None, scale: Tensor) -> Tensor:
         """Sums per image (B,), times `scale` (B,), of some of the anchors: (B, A, C) logits, (B, A) labels, (B, A) qualities."""
         if self.activation == "sigmoid" and self.gamma_family:
-            alpha = self.alpha.to(logits.device) if isinstance(self.alpha, Tensor) else self.alpha
             return dense_focal_loss(
-                logits, labels, alpha=alpha, gamma=self.gamma, negative_weight=self.negative_weight, scale=scale
+                logits, labels, alpha=self.alpha, gamma=self.gamma, negative_weight=self.negative_weight, scale=scale
             )
         return dense_loss(self.each, logits, labels, quality) * scale
 
@@ -159,10 +161,9 @@ class ClassLoss:
         if self.activation == "softmax":
             return self._softmax(logits, labels)
         targets = one_hot(labels, logits.shape[-1])
-        alpha = self.alpha.to(logits.device) if isinstance(self.alpha, Tensor) else self.alpha
         if self.gamma_family:
             loss = sigmoid_focal_loss(
-                logits, targets, alpha=alpha, gamma=self.gamma, negative_weight=self.negative_weight
+                logits, targets, alpha=self.alpha, gamma=self.gamma, negative_weight=self.negative_weight
             )
         elif self.kind == "focal_star":
             loss = sigmoid_focal_star_loss(
@@ -170,11 +171,13 @@ class ClassLoss:
                 targets,
                 gamma=self.gamma,
                 beta=self.star_beta,
-                alpha=alpha,
+                alpha=self.alpha,
                 negative_weight=self.negative_weight,
             )
         elif self.kind == "poly1_focal":
-            loss = poly1_focal_loss(logits, targets.float(), alpha=alpha, gamma=self.gamma, epsilon=self.poly_epsilon)
+            loss = poly1_focal_loss(
+                logits, targets.float(), alpha=self.alpha, gamma=self.gamma, epsilon=self.poly_epsilon
+            )
         elif self.kind == "quality_focal":
             loss = quality_focal_loss(logits, targets * quality[:, None], gamma=self.gamma)
         elif self.kind == "varifocal":
@@ -195,13 +198,12 @@ class ClassLoss:
         raise ValueError(f"loss.cls {self.kind} has no softmax form")
 
     def _softmax_weights(self, num_classes: int, device: torch.device) -> Tensor | None:
-        """Of the classes and, last, the background; made once for each device."""
+        """Of the classes and, last, the background."""
         if self.alpha is None and self.negative_weight is None:
             return None
-        if self._weights is None or self._weights.device != device:
-            foreground, background = self.balance(num_classes)
-            self._weights = torch.cat([foreground, foreground.new_tensor([background])]).to(device, torch.float32)
-        return self._weights
+        weights = torch.full((num_classes + 1,), weight_of_negatives(self.alpha, self.negative_weight), device=device)
+        weights[:num_classes] = 1.0 if self.alpha is None else self.alpha
+        return weights
 
     def _harmonised(self, logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
         """GHM-C over the entries of the whole batch, (B, A, K) logits and (B, A) labels of each level, so that the sums of its

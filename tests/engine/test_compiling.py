@@ -51,10 +51,10 @@ def losses_and_gradients(model: RetinaNet, loss: RetinaNetLoss, count: int, devi
 
 def compare(settings: dict[str, Any], backend: str, device: torch.device, data: TinyData, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, data, **settings)
-    model, loss = build_model(config.model, 3).to(device), build_loss(config)
+    model, loss = build_model(config.model, 3).to(device), build_loss(config).to(device)
     counts = (0, 20)
     expected = [losses_and_gradients(model, loss, count, device) for count in counts]
-    loss = build_loss(config)  # a new one, which has not yet made anything once and for all
+    loss = build_loss(config).to(device)  # a new one, which nothing was compiled for
     compile_step(model, loss, backend=backend, fullgraph=True)
     for count, plain in zip(counts, expected, strict=True):
         found = losses_and_gradients(model, loss, count, device)

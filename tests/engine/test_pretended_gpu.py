@@ -1,0 +1,136 @@
+"""What only a GPU runs, on a GPU that is none (tests/pretend.py): the same results, no tensor on the wrong device, no needless wait."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from detector.engine.train import train
+from tests.engine.conftest import Run
+from tests.pretend import GPU, TwoDevicesError, pretended_gpu
+from tests.tiny import TIMING, TinyData, images_of, tiny_config
+from tools import analyze_loss, predict
+from tools import eval as evaluate
+
+RUNS: dict[str, dict[str, Any]] = {
+    "as usual": {},
+    "averaged weights, parts, adamw, clipping": {
+        "train__ema": {}, "train__micro_batch": 2, "optim__name": "adamw", "optim__lr": 1e-4, "optim__clip_grad_norm": 1.0,
+        "loss__alpha": [0.2, 0.3, 0.4],
+    },
+    "giou, low-quality matches, per image": {
+        "loss__box": "giou", "matching__low_quality_matches": True, "loss__normalizer": "per_image",
+    },
+    "softmax, weights of classes": {"model__head__activation": "softmax", "loss__alpha": [0.2, 0.3, 0.4]},
+    "focal star, weights of classes": {"loss__cls": "focal_star", "loss__alpha": [0.2, 0.3, 0.4]},
+    "varifocal": {"loss__cls": "varifocal"},
+    "ghm": {"loss__cls": "ghm"},
+    "ohem": {"loss__cls": "ohem"},
+    "bootstrap": {"loss__cls": "bootstrap"},
+}  # fmt: skip
+
+MAY_WAIT = {
+    "record", "check_finite", "save",  # to log, to save
+    "check_first_loss",  # once
+    "_choose",  # examples, image by image
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def looks_at_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long they take."""
+    monkeypatch.setattr("detector.engine.run.WATCHING", float("inf"))
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in (*TIMING, "per_class", "split")} for line in lines]
+
+
+@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+def test_a_run_learns_what_it_learns_on_a_cpu_and_waits_only_to_log(
+    settings: dict[str, Any], data: TinyData, tmp_path: Path
+) -> None:
+    settings = {"train__epochs": 1, "train__log_every": 2, "postprocess__score_thresh": 0.0, **settings}
+    train(tiny_config(tmp_path, data, train__device="cpu", **settings), tmp_path / "cpu")
+    with pretended_gpu() as gpu:
+        train(tiny_config(tmp_path, data, train__device="cuda", **settings), tmp_path / "gpu")
+    expected, found = records(tmp_path / "cpu"), records(tmp_path / "gpu")
+    assert len(found) == len(expected) == 3
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    steps = [wait for wait in gpu.waits if "train_one_epoch" in wait]
+    assert any("record" in wait for wait in steps)
+    assert {wait[-2:] for wait in steps if not MAY_WAIT & set(wait)} <= {
+        ("forward", "to")
+    }  # the anchors of a new shape
+
+
+def test_in_half_the_precision_it_learns_nearly_the_same(data: TinyData, tmp_path: Path) -> None:
+    settings = {"train__epochs": 1, "train__precision": "bf16", "eval__precision": "bf16", "train__micro_batch": "auto"}
+    for device in ("cpu", "cuda"):
+        with pretended_gpu():
+            train(tiny_config(tmp_path, data, train__device=device, **settings), tmp_path / device)
+    expected, found = (records(tmp_path / device)[-1] for device in ("cpu", "cuda"))
+    assert found["loss"] == pytest.approx(expected["loss"], rel=0.02)
+
+
+def test_what_is_done_with_a_network_is_done_on_a_gpu_too(whole: Run, data: TinyData, tmp_path: Path) -> None:
+    checkpoint = str(whole.out / "checkpoints" / "best.pt")
+    for device in ("cpu", "cuda"):
+        scored, found, looked = (str(tmp_path / device / name) for name in ("scored", "found", "looked"))
+        named = ["--config", str(whole.config), "--checkpoint", checkpoint]
+        settings = [f"train.device={device}", "postprocess.score_thresh=0", "eval.precision=fp32"]
+        with pretended_gpu() as gpu:
+            assert evaluate.main([*named, "--output-dir", scored, *settings]) == 0
+            assert analyze_loss.main([*named, "--output-dir", looked, *settings]) == 0
+            inputs = ["--checkpoint", checkpoint, "--device", device, "--score-thresh", "0", str(images_of(data.val))]
+            assert predict.main([*inputs, "--output-dir", found]) == 0
+        assert bool(gpu.waits) == (device == "cuda")
+
+    def read(name: str) -> list[Any]:
+        return [json.loads((tmp_path / device / name).read_text()) for device in ("cpu", "cuda")]
+
+    mine, theirs = read("scored/metrics.json")
+    del mine["per_class"], theirs["per_class"]
+    assert mine == pytest.approx(theirs, abs=1e-4)
+    assert mine["AP"] > 0
+    for name in ("scored/detections.json", "found/detections.json"):
+        mine, theirs = read(name)
+        assert len(mine) == len(theirs) > 100
+        assert sorted(d["score"] for d in mine) == pytest.approx(sorted(d["score"] for d in theirs), abs=0.01)
+    mine, theirs = read("looked/loss.json")
+    assert mine.keys() == theirs.keys()
+
+
+def test_the_pretence_refuses_what_a_gpu_refuses_and_sees_who_waits() -> None:
+    with pretended_gpu() as gpu:
+        x = torch.arange(3.0, device="cuda", requires_grad=True)
+        assert x.device == x.exp().device == GPU
+        assert torch.ones(3).device.type == "cpu"
+        for mixed in (
+            lambda: x + torch.ones(3),
+            lambda: torch.cat([x, torch.ones(3)]),
+            lambda: torch.ones(3)[x.long()],
+        ):
+            with pytest.raises(TwoDevicesError):
+                mixed()  # type: ignore[no-untyped-call]
+        torch.autograd.backward((x * 2.0 + torch.tensor(1.0)).sum())
+        assert x.grad is not None
+        assert x.grad.is_cuda
+        assert not gpu.waits
+        for waits in (
+            lambda: float(x.detach().sum()),
+            lambda: x[x > 1],
+            lambda: torch.nonzero(x),
+            x.cpu,
+            x.tolist,
+            lambda: bool(x.any()),
+        ):
+            gpu.waits.clear()
+            waits()
+            assert len(gpu.waits) == 1
