@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import signal
 import sys
@@ -213,8 +214,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         unresized = Unresized(sizes, [s.size for s in samples], canvas)
         canvas = (max(h for h, _ in sizes), max(w for _, w in sizes))
     # channels last in memory, as the pictures come and as the network wants them
-    images = np.zeros((len(samples), *canvas, 3), np.uint8)
-    for image, sample in zip(images, samples, strict=True):
+    images = _zeros((len(samples), *canvas, 3))
+    for image, sample in zip(images.numpy(), samples, strict=True):
         image[: sample.image.shape[0], : sample.image.shape[1]] = sample.image
     objects = [sample.objects for sample in samples]
     targets = Targets(
@@ -223,7 +224,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         _pad([o.ignore_boxes for o in objects], 0.0),
     )
     return Batch(
-        images=torch.from_numpy(images).permute(0, 3, 1, 2),
+        images=images.permute(0, 3, 1, 2),
         targets=targets,
         image_ids=torch.tensor([s.image_id for s in samples]),
         image_sizes=torch.tensor([s.size for s in samples]),
@@ -231,6 +232,14 @@ def collate(samples: Sequence[Sample]) -> Batch:
         index=torch.tensor([s.key.index for s in samples]),
         unresized=unresized,
     )
+
+
+def _zeros(shape: tuple[int, ...]) -> Tensor:
+    """uint8; in a worker where the main process will read it, which spares it a copy."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    memory = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
+    return torch.tensor([], dtype=torch.uint8).set_(memory).view(shape)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
