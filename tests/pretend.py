@@ -8,6 +8,7 @@ generated code, the Triton kernel (tests/test_nms.py has it), speed, memory.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -186,6 +187,21 @@ class Graph:
         """None."""
 
 
+class Event:
+    """In place of torch.cuda.Event."""
+
+    def __init__(self, **_: Any) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        """Now."""
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds."""
+        return (end.at - self.at) * 1e3
+
+
 class Stream:
     """In place of torch.cuda.Stream, all work being in order here."""
 
@@ -233,7 +249,13 @@ def pretended_gpu() -> Iterator[PretendGpu]:
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
         gpu = PretendGpu()
-        for name, stand_in in {"CUDAGraph": Graph, "graph": gpu.graph, "Stream": Stream, "stream": nullcontext}.items():
+        for name, stand_in in {
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "graph": gpu.graph,
+            "Stream": Stream,
+            "stream": nullcontext,
+        }.items():
             patch.setattr(torch.cuda, name, stand_in)
         for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # new, old torch
             patch.setattr(torch.optim.Optimizer, name, lambda *_: None, raising=False)

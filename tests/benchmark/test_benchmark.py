@@ -15,6 +15,7 @@ from detector.benchmark.measure import Measured, interleaved, noise
 from detector.benchmark.pipeline import loading, opening, scoring
 from detector.benchmark.report import verdict
 from detector.losses import RetinaNetLoss
+from tests.pretend import pretended_gpu
 from tools.benchmark import main
 
 CPU = torch.device("cpu")
@@ -51,16 +52,12 @@ def test_a_ratio_within_the_noise_is_no_difference() -> None:
     assert verdict(1.5, 0.1).startswith("ratio 1.50")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        *(pytest.param(case, marks=pytest.mark.slow) for case in ("train", "feed")),
-        "infer",
-        "loss",
-        "match",
-        "postprocess",
-    ],
-)
+CASES = [
+    *(pytest.param(case, marks=pytest.mark.slow) for case in ("train", "feed")), "infer", "loss", "match", "postprocess",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_every_case_ends_with_a_ratio_and_raw_figures(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +74,16 @@ def test_every_case_ends_with_a_ratio_and_raw_figures(
         assert written["rows"][0]["loss_difference"] < 1e-5
         assert written["rows"][0]["gradient_difference"] < 1e-3
         assert any((tmp_path / "trace").iterdir())
+
+
+@pytest.mark.parametrize("case", [*CASES[:-1], pytest.param("postprocess", marks=pytest.mark.slow)])
+def test_every_case_knows_what_to_do_with_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        detector.benchmark.cases, "machine_peak", lambda *_: 1e12
+    )  # a product that a CPU takes long for
+    options = [*SMALL, "--device", "cuda", "--compile", "no", "--images", "8", "--picture", "48x64"]
+    with pretended_gpu():
+        assert main([case, *options]) == 0
 
 
 def test_different_losses_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
