@@ -7,10 +7,13 @@ a greedy suppression that is to give 100 boxes has to look for the best remainin
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from detector.boxes import pairwise_iou
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, *, nms_thresh: float, limit: int) -> Tensor:
@@ -26,45 +29,22 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, *, nms_thresh: float
     Returns:
         (B, limit) int64, best first, then -1.
     """
-    batch, count = scores.shape
-    kept = torch.full((batch, limit), -1, dtype=torch.int64, device=boxes.device)
-    if count and batch:
-        block = max(128, triton.next_power_of_2(count))
-        _suppress[(batch,)](
-            boxes.contiguous(), scores.contiguous(), labels.contiguous(), kept, count, nms_thresh,
-            LIMIT=limit, BLOCK=block, num_warps=min(16, max(4, block // 256)),
-            enable_fp_fusion=False,  # an overlap to the last bit as on a CPU
-        )  # fmt: skip
+    if boxes.is_cuda and has_triton(boxes.device):
+        from detector.nms_kernel import suppress_in_one_kernel
+
+        return suppress_in_one_kernel(boxes, scores, labels, nms_thresh=nms_thresh, limit=limit)
+    left = scores > -torch.inf
+    place = torch.arange(scores.shape[1], device=scores.device)
+    kept = torch.full((len(scores), limit), -1, device=scores.device)
+    for number in range(limit if scores.shape[1] else 0):
+        best = left.int().argmax(dim=1, keepdim=True)
+        kept[:, number] = torch.where(left.any(dim=1), best[:, 0], -1)
+        overlap = pairwise_iou(boxes.gather(1, best[..., None].expand(-1, -1, 4)), boxes)[:, 0]
+        left &= ~((labels == labels.gather(1, best)) & (overlap > nms_thresh)) & (place != best)
     return kept
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _suppress(boxes, scores, labels, kept, count, nms_thresh, LIMIT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """One program an image: all boxes stay in registers."""
-    image = tl.program_id(0)
-    place = tl.arange(0, BLOCK)
-    exists = place < count
-    corner = boxes + (image * count + place) * 4
-    left = tl.load(corner, mask=exists, other=0.0)
-    top = tl.load(corner + 1, mask=exists, other=0.0)
-    right = tl.load(corner + 2, mask=exists, other=0.0)
-    bottom = tl.load(corner + 3, mask=exists, other=0.0)
-    label = tl.load(labels + image * count + place, mask=exists, other=-1)
-    score = tl.load(scores + image * count + place, mask=exists, other=float("-inf"))
-    area = (right - left) * (bottom - top)
-    candidate = score > float("-inf")
-    best = tl.min(tl.where(candidate, place, BLOCK))
-    number = 0
-    while (number < LIMIT) & (best < count):
-        tl.store(kept + image * LIMIT + number, best.to(tl.int64))
-        own = boxes + (image * count + best) * 4
-        own_left, own_top, own_right, own_bottom = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
-        own_label = tl.load(labels + image * count + best)
-        width = tl.maximum(tl.minimum(right, own_right) - tl.maximum(left, own_left), 0.0)
-        height = tl.maximum(tl.minimum(bottom, own_bottom) - tl.maximum(top, own_top), 0.0)
-        inter = width * height
-        union = area + (own_right - own_left) * (own_bottom - own_top) - inter
-        gone = (label == own_label) & (inter > nms_thresh * union)
-        candidate = candidate & (place != best) & ~gone
-        best = tl.min(tl.where(candidate, place, BLOCK))
-        number += 1
+@cache
+def has_triton(device: torch.device) -> bool:
+    """Whether this GPU can be given kernels of our own: Triton comes with torch on Linux, and knows NVIDIA's GPUs from Volta on."""
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from detector.boxes import decode
+from detector.nms import suppress
 from detector.structures import Detections, HeadOutputs
 
 BLOCK = 1024
@@ -107,8 +108,6 @@ def best_of_batch(
 ) -> Places:
     """What `postprocess` computes on a GPU: the whole batch at once, in shapes that do not depend on what is found, so that
     nothing waits for the GPU and it can be captured in a graph. Arguments as there, `image_sizes` on the device."""
-    from detector.nms import suppress  # Triton, which only a GPU needs
-
     boxes, scores, labels = batch_candidates(outputs, topk_candidates, bound_shrinking=bound_shrinking)
     live = scores > score_thresh
     if clip == "before_nms":

@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from detector.boxes import pairwise_iou
 from detector.models import backbone, fpn
+from detector.nms import has_triton
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -209,19 +209,6 @@ class Stream:
         """No need to."""
 
 
-def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, *, nms_thresh: float, limit: int) -> Tensor:
-    """In place of `nms.suppress`, which is in Triton: the best remaining one, as often as asked for."""
-    alive = scores > -torch.inf
-    place = torch.arange(scores.shape[1], device=scores.device)
-    kept = torch.full((len(scores), limit), -1, device=scores.device)
-    for number in range(limit if scores.shape[1] else 0):
-        best = alive.int().argmax(dim=1, keepdim=True)
-        kept[:, number] = torch.where(alive.any(dim=1), best[:, 0], -1)
-        iou = pairwise_iou(boxes.gather(1, best[..., None].expand(-1, -1, 4)), boxes)[:, 0]
-        alive &= ~((labels == labels.gather(1, best)) & (iou > nms_thresh)) & (place != best)
-    return kept
-
-
 def _by_device(groups: Callable[..., Any]) -> Callable[..., Any]:
     """torch's grouping of tensors, which asks them in C++ where they are."""
 
@@ -239,11 +226,10 @@ def pretended_gpu() -> Iterator[PretendGpu]:
     autocast, is_autocast_enabled = torch.autocast, torch.is_autocast_enabled
     loader = torch.utils.data.DataLoader
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("detector.nms.suppress", suppress)
         patch.setattr("detector.datasets.loader.DataLoader", lambda *a, **k: loader(*a, **{**k, "pin_memory": False}))
         answers: dict[str, Any] = {
             "current_stream": Stream(), "is_available": True, "is_bf16_supported": True, "is_current_stream_capturing": False, "device_count": 1,
-            "get_device_name": "pretended", "mem_get_info": (1 << 34, 1 << 34), "max_memory_allocated": 0, "memory_allocated": 0,
+            "get_device_name": "pretended", "get_device_capability": (0, 0), "mem_get_info": (1 << 34, 1 << 34), "max_memory_allocated": 0, "memory_allocated": 0,
             "memory_reserved": 0, "empty_cache": None, "synchronize": None, "reset_peak_memory_stats": None,
         }  # fmt: skip
         for name, answer in answers.items():
@@ -271,4 +257,5 @@ def pretended_gpu() -> Iterator[PretendGpu]:
         with _Parts(gpu), gpu:
             yield gpu
     backbone._has_fused.cache_clear()
+    has_triton.cache_clear()
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = flags

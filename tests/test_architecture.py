@@ -19,7 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "anchors": set(),
     "matching": {"boxes", "structures"},
     "losses": {"structures", "boxes", "matching", "config"},
-    "nms": set(),
+    "nms": {"boxes", "nms_kernel"},
+    "nms_kernel": set(),
     "postprocess": {"structures", "boxes", "nms"},
     "coco_eval": {"structures", "boxes"},
     "models": {"config", "structures", "anchors"},
@@ -37,7 +38,8 @@ LIBRARIES: dict[str, set[str]] = {
     "anchors": {"torch"},
     "matching": {"torch"},
     "losses": {"torch", "torchvision"},
-    "nms": {"torch", "triton"},
+    "nms": {"torch"},
+    "nms_kernel": {"torch", "triton"},
     "postprocess": {"torch", "torchvision"},
 }
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
+from detector.nms import suppress
+
+with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with torch for CUDA on Linux")
 
 CASES = {
     # batch, places, of which candidates, classes, limit
@@ -34,10 +39,8 @@ def candidates(batch: int, count: int, live: list[int], classes: int) -> tuple[T
     return boxes, scores, torch.randint(0, classes, (batch, count), generator=random)
 
 
-def check(device: str) -> None:
+def check(suppress: Callable[..., Tensor], device: str) -> None:
     """Every case gives what torchvision gives."""
-    from detector.nms import suppress
-
     for batch, count, live, classes, limit in CASES.values():
         boxes, scores, labels = candidates(batch, count, live, classes)
         kept = suppress(boxes.to(device), scores.to(device), labels.to(device), nms_thresh=0.5, limit=limit).cpu()
@@ -47,14 +50,26 @@ def check(device: str) -> None:
             assert torch.equal(kept[i], torch.nn.functional.pad(expected, (0, limit - len(expected)), value=-1))
 
 
+def check_kernel(device: str) -> None:
+    from detector.nms_kernel import suppress_in_one_kernel
+
+    check(suppress_in_one_kernel, device)
+
+
+def test_the_plain_way_keeps_what_torchvision_keeps() -> None:
+    check(suppress, "cpu")
+
+
+@with_triton
 def test_the_kernel_keeps_what_torchvision_keeps() -> None:
     """In Triton's interpreter, which has to be chosen before the kernel is read."""
-    code = "from tests.test_nms import check; check('cpu')"
+    code = "from tests.test_nms import check_kernel; check_kernel('cpu')"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
 
 
+@with_triton
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("block", "warps"), [(128, 4), (8192, 16)])
 def test_the_kernel_can_be_compiled_without_a_gpu(
@@ -66,7 +81,7 @@ def test_the_kernel_can_be_compiled_without_a_gpu(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from detector.nms import _suppress
+    from detector.nms_kernel import _suppress
 
     types = {
         "boxes": "*fp32",
@@ -83,5 +98,6 @@ def test_the_kernel_can_be_compiled_without_a_gpu(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_the_compiled_kernel_keeps_what_torchvision_keeps() -> None:
-    check("cuda")
+@pytest.mark.parametrize("way", [check_kernel, partial(check, suppress)])
+def test_a_gpu_keeps_what_torchvision_keeps(way: Callable[[str], None]) -> None:
+    way("cuda")

@@ -41,6 +41,7 @@ from detector.matching import Matches
 from detector.models import RetinaNet, build_anchors, build_model
 from detector.models.heads import background_bias, prior_bias
 from detector.models.weights import load_backbone_weights, transfer
+from detector.nms import has_triton
 from detector.reports.draw import side_by_side
 from detector.structures import Batch, Detections
 
@@ -164,7 +165,13 @@ class Run:
         wanted = self.config.train.compile
         canvases = {keys[0].canvas for keys in planner.first_steps(200)}
         if wanted == "auto":
-            wanted = self.device.type == "cuda" and steps >= STEPS_WORTH_COMPILING * len(canvases)
+            worth_it = self.device.type == "cuda" and steps >= STEPS_WORTH_COMPILING * len(canvases)
+            wanted = worth_it and has_triton(self.device)
+        elif wanted and self.device.type == "cuda" and not has_triton(self.device):
+            raise ConfigError(
+                "train.compile must be auto or false on this machine, got true: Triton, which makes a GPU's code, is not installed or does "
+                "not know this GPU (compute capability 7.0 is the least)"
+            )
         if wanted:
             self.log.info(
                 f"the training step is compiled when it meets a new shape of input, about a minute each; in the first steps of an "

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from detector.config import ConfigError
 from detector.engine.train import train
 from tests.engine.conftest import Run
 from tests.pretend import GPU, TwoDevicesError, pretended_gpu
@@ -105,6 +106,11 @@ def test_what_is_done_with_a_network_is_done_on_a_gpu_too(whole: Run, data: Tiny
         assert sorted(d["score"] for d in mine) == pytest.approx(sorted(d["score"] for d in theirs), abs=0.01)
     mine, theirs = read("looked/loss.json")
     assert mine.keys() == theirs.keys()
+
+
+def test_what_cannot_be_compiled_is_told(data: TinyData, tmp_path: Path) -> None:
+    with pretended_gpu(), pytest.raises(ConfigError, match=r"train\.compile must be auto or false .* got true: Triton"):
+        train(tiny_config(tmp_path, data, train__device="cuda", train__compile=True), tmp_path / "out")
 
 
 def test_the_pretence_refuses_what_a_gpu_refuses_and_sees_who_waits() -> None:
