@@ -42,10 +42,11 @@ def interleaved(ways: Mapping[str, Work], *, repeats: int, warmup: int, device: 
     """Every way in turn, again and again, so that a machine that gets slower does so for all.
 
     The first way is timed twice in each round; its second series comes back as "again", and what lies between the two is the
-    noise.
+    noise. The others come after each of them, so that the first never finds in the caches what it has just left there.
     """
-    order = [*ways, "again"]
-    doing = {**ways, "again": next(iter(ways.values()))}
+    first, *others = ways
+    order = [first, *others, "again", *others]
+    doing = {**ways, "again": ways[first]}
     measured = {name: Measured() for name in order}
     for name in ways:
         for _ in range(warmup):

@@ -92,9 +92,9 @@ class Detector:
             return self.model(images, image_sizes)  # type: ignore[no-any-return]
 
     def _places(self, images: Tensor, image_sizes: Tensor) -> Places:
-        sizes = image_sizes.to(images.device, non_blocking=True)
         key = (tuple(images.shape), images.dtype, images.stride())
         if key not in self._captured:
+            sizes = image_sizes.to(images.device, non_blocking=True)
             again = key in self._seen
             self._seen.add(key)
             if not again or len(self._captured) >= MAX_GRAPHS:
@@ -103,7 +103,7 @@ class Detector:
             self._captured[key] = self._capture(images, sizes)
         captured = self._captured[key]
         captured.images.copy_(images, non_blocking=True)
-        captured.sizes.copy_(sizes)
+        captured.sizes.copy_(image_sizes, non_blocking=True)
         captured.graph.replay()
         return captured.places
 
