@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,23 @@ def test_one_graph_each_computes_what_the_plain_step_does(
     compare(settings, "eager", CPU, data, tmp_path)
 
 
+GENERATED = {name: settings for name, settings in SETTINGS.items() if settings.get("loss__cls") != "ohem"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+@pytest.mark.parametrize("settings", GENERATED.values(), ids=GENERATED)
+def test_generated_code_computes_what_the_plain_step_does(
+    settings: dict[str, Any], data: TinyData, tmp_path: Path
+) -> None:
+    """A CPU's code, of the operations that a GPU's is made of."""
+    compare(settings, "inductor", CPU, data, tmp_path)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("settings", [{}, SETTINGS["giou, low-quality matches"]], ids=["as usual", "giou, low-quality"])
-def test_generated_code_computes_what_the_plain_step_does(
+@pytest.mark.parametrize("settings", GENERATED.values(), ids=GENERATED)
+def test_a_gpus_generated_code_computes_what_the_plain_step_does(
     settings: dict[str, Any], data: TinyData, tmp_path: Path
 ) -> None:
     compare(settings, "inductor", torch.device("cuda"), data, tmp_path)
