@@ -17,7 +17,7 @@ def suppress_in_one_kernel(boxes: Tensor, scores: Tensor, labels: Tensor, *, nms
         _suppress[(batch,)](
             boxes.contiguous(), scores.contiguous(), labels.contiguous(), kept, count, nms_thresh,
             LIMIT=limit, BLOCK=block, num_warps=min(16, max(4, block // 256)),
-            enable_fp_fusion=False,  # an overlap to the last bit as on a CPU
+            enable_fp_fusion=False,  # products are rounded as on a CPU
         )  # fmt: skip
     return kept
 

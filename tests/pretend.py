@@ -31,6 +31,9 @@ WAITING = {
 }  # fmt: skip
 """What gives a number, or a shape that the values decide; so does an index of booleans."""
 
+FROM_MEMORY = ("tensor", "as_tensor", "asarray", "new_tensor")
+"""What copies numbers from main memory and waits for that."""
+
 UNPLACED = {
     "copy_", "set_", "backward", "__get__", "__set__", "__deepcopy__", "_has_compatible_shallow_copy_type",
 }  # fmt: skip
@@ -71,8 +74,10 @@ class PretendGpu(TorchFunctionMode):
     def graph(self, graph: Graph, **_: Any) -> Iterator[None]:
         """In place of torch.cuda.graph."""
         self.captured = graph
-        yield
-        self.captured = None
+        try:
+            yield
+        finally:
+            self.captured = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -99,6 +104,8 @@ class PretendGpu(TorchFunctionMode):
         made_there = device is not None and torch.device(device).type == "cuda"
         if device is not None:
             kwargs["device"] = CPU
+        if name in FROM_MEMORY and (made_there or isinstance(first, OnGpu)) and not any(there[name == "new_tensor" :]):
+            self.wait(name)
         self.under_way += any(there)
         try:
             result = func(*args, **kwargs)
@@ -109,8 +116,9 @@ class PretendGpu(TorchFunctionMode):
     def _moved(self, name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """`Tensor.to`, `cuda` and `cpu`."""
         on_gpu = isinstance(tensor, OnGpu)
-        device, dtype, non_blocking, memory_format = GPU if name == "cuda" else CPU, None, False, None
+        device, dtype, non_blocking, memory_format, copy = GPU if name == "cuda" else CPU, None, False, None, False
         if name == "to":
+            copy = kwargs.pop("copy", False)
             if args and isinstance(args[0], Tensor):
                 args = (GPU if isinstance(args[0], OnGpu) else CPU, args[0].dtype, *args[1:])
             device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
@@ -120,7 +128,7 @@ class PretendGpu(TorchFunctionMode):
             self.wait(name)
         layout: dict[str, Any] = {} if memory_format is None else {"memory_format": memory_format}
         with torch._C.DisableTorchFunction():
-            result: Any = tensor.to(dtype=dtype or tensor.dtype, copy=moves, **layout)
+            result: Any = tensor.to(dtype=dtype or tensor.dtype, copy=moves or copy, **layout)
             if not to_gpu and on_gpu:
                 result = result.as_subclass(Tensor)
         found: Tensor = _put(result) if to_gpu else result
@@ -134,7 +142,7 @@ class PretendGpu(TorchFunctionMode):
         frame = sys._getframe(1)
         while frame.f_back is not None:
             if "/detector/" in frame.f_code.co_filename:
-                functions.append(frame.f_code.co_name)
+                functions.append(frame.f_code.co_qualname)
             frame = frame.f_back
         self.waits.append((*reversed(functions), operation))
 
@@ -150,13 +158,20 @@ class _Parts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func._schema.name.split("::")[1]
-        by_mask = name == "index" and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
-        if self.gpu.under_way and (name in WAITING or by_mask):
+        by_mask = name.startswith("index") and isinstance(args[1], list | tuple) and _waits_for_mask(*args)
+        counted = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
+        if self.gpu.under_way and (name in WAITING or by_mask or counted):
             self.gpu.wait(name)
         result = func(*args, **(kwargs or {}))
         if self.gpu.captured is not None:
             self.gpu.captured.operations.append((func, args, kwargs or {}, result))
         return result
+
+
+def _waits_for_mask(_: Tensor, indices: Any, value: Tensor | None = None, *__: Any) -> bool:
+    """A single number is filled in without asking how many places there are."""
+    masks = [i for i in indices if isinstance(i, Tensor) and i.dtype == torch.bool]
+    return bool(masks) and (value is None or value.numel() > 1)
 
 
 def _put(value: Any) -> Any:
@@ -220,12 +235,26 @@ def _by_device(groups: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
+def forgotten() -> Iterator[None]:
+    """What was found out about a GPU, before and after; and settings of cuDNN as they were."""
+    flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    known = (backbone._has_fused, has_triton)
+    try:
+        for function in known:
+            function.cache_clear()
+        yield
+    finally:
+        for function in known:
+            function.cache_clear()
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = flags
+
+
+@contextmanager
 def pretended_gpu() -> Iterator[PretendGpu]:
     """A GPU, with all that the package asks of one."""
-    flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
     autocast, is_autocast_enabled = torch.autocast, torch.is_autocast_enabled
     loader = torch.utils.data.DataLoader
-    with pytest.MonkeyPatch.context() as patch:
+    with forgotten(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("detector.datasets.loader.DataLoader", lambda *a, **k: loader(*a, **{**k, "pin_memory": False}))
         answers: dict[str, Any] = {
             "current_stream": Stream(), "is_available": True, "is_bf16_supported": True, "is_current_stream_capturing": False, "device_count": 1,
@@ -256,6 +285,3 @@ def pretended_gpu() -> Iterator[PretendGpu]:
             )
         with _Parts(gpu), gpu:
             yield gpu
-    backbone._has_fused.cache_clear()
-    has_triton.cache_clear()
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = flags

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from detector import nms
 from detector.nms import suppress
 
 with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with torch for CUDA on Linux")
@@ -60,6 +61,14 @@ def test_the_plain_way_keeps_what_torchvision_keeps() -> None:
     check(suppress, "cpu")
 
 
+def test_an_overlap_of_exactly_the_threshold_removes_nothing() -> None:
+    boxes = torch.tensor([[[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 5.0], [0.0, 0.0, 10.0, 5.1]]])
+    kept = suppress(
+        boxes, torch.tensor([[0.9, 0.8, 0.7]]), torch.zeros(1, 3, dtype=torch.int64), nms_thresh=0.5, limit=3
+    )
+    assert kept.tolist() == [[0, 1, -1]]
+
+
 @with_triton
 def test_the_kernel_keeps_what_torchvision_keeps() -> None:
     """In Triton's interpreter, which has to be chosen before the kernel is read."""
@@ -99,5 +108,6 @@ def test_the_kernel_can_be_compiled_without_a_gpu(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("way", [check_kernel, partial(check, suppress)])
-def test_a_gpu_keeps_what_torchvision_keeps(way: Callable[[str], None]) -> None:
+def test_a_gpu_keeps_what_torchvision_keeps(way: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nms, "has_triton", lambda _: False)  # which check_kernel does not ask
     way("cuda")

@@ -42,6 +42,7 @@ from detector.losses import RetinaNetLoss
 from detector.losses.dense import dense_focal_loss
 from detector.models import RetinaNet, build_anchors
 from detector.models.foreign import TORCHVISION_ANCHORS
+from detector.nms import has_triton
 from detector.postprocess import postprocess
 from detector.structures import Batch, Detections, HeadOutputs
 
@@ -75,6 +76,13 @@ class Options:
     picture: tuple[int, int] = (480, 640)
     """Height and width of the loader's files."""
     say: Callable[[str], None] = print
+
+    @property
+    def compiles(self) -> bool:
+        """Whether ours is compiled."""
+        if self.compiled is None:
+            return self.device.type == "cuda" and has_triton(self.device)
+        return self.compiled
 
 
 # ---- a training step --------------------------------------------------------------------------------------------------
@@ -135,7 +143,7 @@ def train(options: Options) -> list[Row]:
     x = x._replace(image_sizes=x.image_sizes.to(device))
     cuda = device.type == "cuda"
     wanted = _precisions(options)
-    compiled = cuda if options.compiled is None else options.compiled
+    compiled = options.compiles
     again = ", activations computed again" if options.checkpoint_activations else ""
     rows = []
     peaks = {}
@@ -285,7 +293,7 @@ def loss(options: Options) -> list[Row]:
     targets = one_hot.float()
     counted = (labels >= -1)[..., None].float()
     ours_of: Any = dense_focal_loss
-    if device.type == "cuda" if options.compiled is None else options.compiled:
+    if options.compiles:
         ours_of = torch.compile(dense_focal_loss, dynamic=False)
     rows = []
     for precision in _precisions(options):
@@ -329,7 +337,7 @@ def match(options: Options) -> list[Row]:
     rows = []
     for low_quality in (True, False):
         loss = RetinaNetLoss(low_quality_matches=low_quality)
-        if device.type == "cuda" if options.compiled is None else options.compiled:
+        if options.compiles:
             loss.match = torch.compile(loss.match, dynamic=False)  # type: ignore[method-assign]
         matcher = Matcher(0.5, 0.4, allow_low_quality_matches=low_quality)
 
@@ -404,7 +412,7 @@ def loader(options: Options) -> list[Row]:
 def feed(options: Options) -> list[Row]:
     """Training steps from JPEG files, by way of the loader ("ours"), against as many with a batch that is already there."""
     device, precision = options.device, _precisions(options)[-1]
-    compiled = device.type == "cuda" if options.compiled is None else options.compiled
+    compiled = options.compiles
     model = make_ours(options.backbone, options.classes, device).train()
     step = OurStep(model, options, precision, compiled=compiled)
     timed = {name: Measured() for name in ("ours", "peer", "again")}
@@ -428,7 +436,12 @@ def feed(options: Options) -> list[Row]:
                 step(there)
 
         for _ in range(options.repeats):
-            for name, work in (("ours", from_files), ("peer", from_memory), ("again", from_files)):
+            for name, work in (
+                ("ours", from_files),
+                ("peer", from_memory),
+                ("again", from_files),
+                ("peer", from_memory),
+            ):
                 timed[name].seconds.append(seconds_of(work, device) / count)
     row = "{}, {} workers, from {} x {}".format(precision, options.workers, *options.picture)
     return [{"case": "feed", "row": row, **_shape(options), **_figures(timed, images=options.batch)}]

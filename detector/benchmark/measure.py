@@ -42,7 +42,7 @@ def interleaved(ways: Mapping[str, Work], *, repeats: int, warmup: int, device: 
     """Every way in turn, again and again, so that a machine that gets slower does so for all.
 
     The first way is timed twice in each round; its second series comes back as "again", and what lies between the two is the
-    noise. The others come after each of them, so that the first never finds in the caches what it has just left there.
+    noise. Others come after each of them, so that the first does not find in the caches what it has just left there.
     """
     first, *others = ways
     order = [first, *others, "again", *others]

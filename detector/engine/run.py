@@ -73,6 +73,11 @@ class Run:
         self.precision = resolve_precision(config.train.precision, device)
         if config.model.norm == "sync_bn" and device.type == "cpu":
             raise ConfigError("model.norm must not be sync_bn on a CPU (torch has no such kernel); use bn or gn")
+        if config.train.compile is True and device.type == "cuda" and not has_triton(device):
+            raise ConfigError(
+                "train.compile must be auto or false on this machine, got true: Triton, which makes a GPU's code, is not installed or does "
+                "not know this GPU (compute capability 7.0 is the least)"
+            )
         if config.train.checkpoint_activations and config.model.norm in ("bn", "sync_bn"):
             raise ConfigError(
                 f"train.checkpoint_activations must be false with model.norm {config.model.norm}, whose statistics would see "
@@ -167,11 +172,6 @@ class Run:
         if wanted == "auto":
             worth_it = self.device.type == "cuda" and steps >= STEPS_WORTH_COMPILING * len(canvases)
             wanted = worth_it and has_triton(self.device)
-        elif wanted and self.device.type == "cuda" and not has_triton(self.device):
-            raise ConfigError(
-                "train.compile must be auto or false on this machine, got true: Triton, which makes a GPU's code, is not installed or does "
-                "not know this GPU (compute capability 7.0 is the least)"
-            )
         if wanted:
             self.log.info(
                 f"the training step is compiled when it meets a new shape of input, about a minute each; in the first steps of an "

@@ -48,7 +48,7 @@ USES: dict[Kind, tuple[str, ...]] = {
 
 class ClassLoss(nn.Module):
     """A class loss with its settings; called with what the network says and what it should have said. Settings that a kind
-    does not use (see USES) change nothing.
+    does not use (see USES) change nothing. Several alphas belong on the logits' device (`.to`), or are copied there at every call.
 
     Args:
         kind: of `loss.cls`.

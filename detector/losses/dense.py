@@ -216,10 +216,10 @@ def _negatives(x: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     s = torch.sigmoid(x)
     rest = s.neg()
-    if x.numel() == 0 or x.amax() > SURE:
-        log_rest = F.softplus(x).neg_()
-    else:
+    if x.numel() and x.amax() <= SURE:  # which NaN is not
         log_rest = torch.log1p(rest)
+    else:
+        log_rest = F.softplus(x).neg_()
     rest.add_(1)
     weight = power(s, gamma)
     slope = s.addcmul_(log_rest, rest, value=-gamma).mul_(weight)

@@ -61,6 +61,18 @@ def assert_equal(some: list[Batch], others: list[Batch]) -> None:
             assert torch.equal(a, b)
 
 
+def test_a_worker_makes_pictures_where_the_main_process_reads_them(
+    coco: CocoDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = DetectionDataset(coco, max_size=96)
+    samples = [dataset[key(0)], dataset[key(1)]]
+    alone = collate(samples).images
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: True)
+    assert not alone.is_shared()
+    assert collate(samples).images.is_shared()
+    assert torch.equal(collate(samples).images, alone)
+
+
 def test_the_number_of_workers_does_not_change_a_batch(coco: CocoDataset) -> None:
     alone = run_of(coco, workers=0)
     assert len({tuple(batch.images.shape) for batch in alone}) > 1, "scales must vary for this to say something"

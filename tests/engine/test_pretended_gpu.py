@@ -35,9 +35,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 MAY_WAIT = {
-    "record", "check_finite", "save",  # to log, to save
-    "check_first_loss",  # once
-    "_choose",  # examples, image by image
+    "Interval.record", "Interval.check_finite", "Run.save",  # to log, to save
+    "Run.check_first_loss",  # once
+    "ClassLoss._choose",  # examples, image by image
 }  # fmt: skip
 
 
@@ -65,14 +65,21 @@ def test_a_run_learns_what_it_learns_on_a_cpu_and_waits_only_to_log(
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     steps = [wait for wait in gpu.waits if "train_one_epoch" in wait]
-    assert any("record" in wait for wait in steps)
-    assert {wait[-2:] for wait in steps if not MAY_WAIT & set(wait)} <= {
-        ("forward", "to")
-    }  # the anchors of a new shape
+    assert any("Interval.record" in wait for wait in steps)
+    shapes = [wait for wait in steps if not MAY_WAIT & set(wait)]
+    assert {wait[-2:] for wait in shapes} <= {("AnchorGenerator.forward", "to")}
+    assert len(shapes) <= 3  # the anchors of a new shape
+    assert sum("Run.snapshot" in wait for wait in gpu.waits) == 3  # one a save, one for the best
 
 
-def test_in_half_the_precision_it_learns_nearly_the_same(data: TinyData, tmp_path: Path) -> None:
-    settings = {"train__epochs": 1, "train__precision": "bf16", "eval__precision": "bf16", "train__micro_batch": "auto"}
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_in_half_the_precision_it_learns_nearly_the_same(precision: str, data: TinyData, tmp_path: Path) -> None:
+    settings = {
+        "train__epochs": 1,
+        "train__precision": precision,
+        "eval__precision": precision,
+        "train__micro_batch": "auto",
+    }
     for device in ("cpu", "cuda"):
         with pretended_gpu():
             train(tiny_config(tmp_path, data, train__device=device, **settings), tmp_path / device)
@@ -96,16 +103,31 @@ def test_what_is_done_with_a_network_is_done_on_a_gpu_too(whole: Run, data: Tiny
     def read(name: str) -> list[Any]:
         return [json.loads((tmp_path / device / name).read_text()) for device in ("cpu", "cuda")]
 
-    mine, theirs = read("scored/metrics.json")
-    del mine["per_class"], theirs["per_class"]
-    assert mine == pytest.approx(theirs, abs=1e-4)
-    assert mine["AP"] > 0
-    for name in ("scored/detections.json", "found/detections.json"):
+    for name in ("scored/metrics.json", "looked/loss.json"):
+        mine, theirs = map(numbers, read(name))
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    for name, near in (("scored/detections.json", 0.1), ("found/detections.json", 3.0)):  # in fp32, in what is fastest
         mine, theirs = read(name)
         assert len(mine) == len(theirs) > 100
-        assert sorted(d["score"] for d in mine) == pytest.approx(sorted(d["score"] for d in theirs), abs=0.01)
-    mine, theirs = read("looked/loss.json")
-    assert mine.keys() == theirs.keys()
+        known: dict[Any, list[Any]] = {}
+        for found in theirs:
+            known.setdefault((found["image_id"], found["category_id"]), []).append(found["bbox"])
+        alike = [
+            any(
+                box == pytest.approx(found["bbox"], abs=near)
+                for box in known.get((found["image_id"], found["category_id"]), [])
+            )
+            for found in mine
+        ]
+        assert sum(alike) > 0.95 * len(alike)
+
+
+def numbers(content: Any) -> list[float]:
+    """All of a JSON file, in order."""
+    if isinstance(content, dict | list):
+        parts = content.values() if isinstance(content, dict) else content
+        return [number for part in parts for number in numbers(part)]
+    return [float(content)] if isinstance(content, int | float) else []
 
 
 def test_what_cannot_be_compiled_is_told(data: TinyData, tmp_path: Path) -> None:
@@ -131,6 +153,10 @@ def test_the_pretence_refuses_what_a_gpu_refuses_and_sees_who_waits() -> None:
         assert not gpu.waits
         for waits in (
             lambda: float(x.detach().sum()),
+            lambda: torch.tensor([1.0], device=GPU),
+            lambda: x.new_tensor([1.0]),
+            lambda: torch.repeat_interleave(x.detach().long()),
+            lambda: x.detach().clone().index_put_((x > 0,), torch.ones(2, device=GPU)),
             lambda: x[x > 1],
             lambda: torch.nonzero(x),
             x.cpu,

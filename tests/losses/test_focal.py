@@ -193,6 +193,25 @@ def test_ignored_anchors_may_hold_anything(nonsense: float) -> None:
     torch.testing.assert_close(gradient, gradient_of(on_cpu, logits, labels, 0.25, 2.0))
 
 
+def test_an_ignored_nan_leaves_sure_mistakes_beside_it_as_they_are() -> None:
+    logits, labels = torch.full((1, 4, 3), -3.0), torch.full((1, 4), -1)
+    logits[0, 1, 0] = 20.0
+    expected = on_cpu(logits, labels, 0.25, 2.0)
+    labels[0, 0], logits[0, 0] = -2, float("nan")
+    assert float(on_cpu(logits, labels, 0.25, 2.0)) == pytest.approx(float(expected), rel=1e-3)
+    assert gradient_of(on_cpu, logits, labels, 0.25, 2.0).isfinite().all()
+
+
+def test_both_ways_to_a_negatives_loss_keep_its_digits() -> None:
+    """By log(1 - sigmoid) up to SURE, beyond by softplus."""
+    for x in (torch.linspace(-60, dense_module.SURE, 100_001), torch.linspace(dense_module.SURE, 60, 1001)):
+        found = dense_module._negatives(x, 2.0)
+        s = torch.sigmoid(x.double())
+        log_rest = -F.softplus(x.double())
+        for mine, exact in zip(found, (s**2, log_rest, s**2 * (s - 2 * log_rest * (1 - s))), strict=True):
+            torch.testing.assert_close(mine.double(), exact, rtol=2e-6, atol=0)
+
+
 def test_a_scale_multiplies_sums_and_gradients_alike() -> None:
     logits, labels = random_case(3, 50, 3)
     scale = torch.tensor([0.5, 0.0, 3.0])
