@@ -325,6 +325,7 @@ class TrainConfig(Section):
     checkpoint_every_steps: PositiveInt | None = None  # besides every epoch
     early_stop_patience: PositiveInt | None = None  # evaluations without a better AP before stopping
     log_every: PositiveInt = 20  # steps
+    trace_steps: Annotated[int, Field(ge=0)] = 0  # to profile, after the first ones; 0: none
     images_every_epochs: Annotated[int, Field(ge=0)] = 1  # predictions beside ground truth in TensorBoard; 0: never
     # Val pictures in which evaluations look at who holds the class loss, for TensorBoard, as often as that takes less than
     # a fiftieth of the time; 0: none.

@@ -1,7 +1,8 @@
 """A GPU that is none: tensors in main memory that say they are on a GPU.
 
 The code that only a GPU runs can so be run anywhere, and its results compared. An operation on tensors of two devices is an
-error, as on a GPU, and where the processor would have to wait for the GPU is written down. Not pretended: several streams,
+error, as on a GPU (and stricter: some take an index or a value from main memory there), and where the processor would have to wait for
+the GPU is written down. Not pretended: several streams,
 generated code, the Triton kernel (tests/test_nms.py has it), speed, memory.
 """
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from detector.engine.memory import Work, peak_of
+from detector.engine.trace import profiler_of, slowest
 
 
 @dataclass
@@ -92,24 +93,14 @@ def where_time_goes(work: Work, device: torch.device, trace: Path) -> list[tuple
     Returns:
         The kernels (on a CPU, the operations) that took most, with their milliseconds in a repetition.
     """
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with profile(activities=activities) as profiler:
+    with profiler_of(device) as profiler:
         for _ in range(3):
             work()
         if device.type == "cuda":
             torch.cuda.synchronize()
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
-    taken = []
-    for event in profiler.key_averages():
-        on_device = device.type == "cuda"
-        if on_device and str(event.device_type).endswith("CPU"):
-            continue
-        micros = event.self_device_time_total if on_device else event.self_cpu_time_total
-        taken.append((event.key, micros / 3e3))
-    return sorted(taken, key=lambda one: -one[1])[:40]
+    return slowest(profiler, device, 3)
 
 
 def machine_peak(device: torch.device, dtype: torch.dtype) -> float:

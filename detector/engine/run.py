@@ -34,6 +34,7 @@ from detector.engine.logger import RunLog, duration
 from detector.engine.optim import Ema, build_optimizer, resolve_precision, scaled_lr, warmup_of
 from detector.engine.predict import model_of
 from detector.engine.preflight import class_weights, class_weights_text, first_loss_text
+from detector.engine.trace import Trace
 from detector.losses import RetinaNetLoss, build_loss
 from detector.losses.class_loss import USES
 from detector.losses.retinanet import ConstantLoss
@@ -110,6 +111,8 @@ class Run:
         if resumed is not None:
             self._restore(resumed)
         # Of several processes only the first one's rows are saved, and each has the losses of its own images.
+        steps = config.train.trace_steps if distributed.rank() == 0 else 0
+        self.trace = Trace(steps, output_dir / "trace.json.gz", device)
         self.interval = Interval(device, self.state.unlogged if distributed.world_size() == 1 else None)
         self.state.config, self.state.versions = config, versions_of_everything(device)
         self.state.apply_exif = not train_set.overrides_exif

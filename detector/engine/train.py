@@ -215,6 +215,10 @@ def train_one_epoch(run: Run, batches: Iterator[Batch], sampler: TrainSampler, e
         run.state.step += 1
         step = run.state.step
         run.log.advance(step)
+        told_by_trace = run.trace.step()
+        if told_by_trace is not None:
+            run.log.info(told_by_trace)
+            run.interval.start_clock()  # writing it is no part of a step
         if run.ema is not None:
             run.ema.update(run.model, step)
         if step % config.train.log_every == 0 or step == sampler.total_steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from detector.coco_eval import Metrics
 from detector.config import ConfigError, config_from_dict, load_config, resolve_data_paths
 from detector.datasets.coco import DatasetError
 from detector.engine import run as run_module
+from detector.engine import trace
 from detector.engine import train as train_module
 from detector.engine.checkpoint import load_checkpoint
 from detector.engine.compiling import compile_step
@@ -146,6 +148,21 @@ def test_a_run_that_computes_activations_again_ends_with_the_same_weights(data: 
         train(config, tmp_path / name)
     kept, again_weights = last_checkpoint(tmp_path / "kept").model, last_checkpoint(tmp_path / "again").model
     assert all(torch.equal(value, again_weights[key]) for key, value in kept.items())
+
+
+def test_some_steps_of_a_run_are_profiled_and_told(
+    whole: Run, data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trace, "FIRST", 2)
+    train(tiny_config(tmp_path, data, **EVERYTHING_ON, train__trace_steps=3), tmp_path / "out")
+    events = json.loads(gzip.decompress((tmp_path / "out" / "trace.json.gz").read_bytes()))["traceEvents"]
+    updates = [e for e in events if str(e.get("name")).startswith("Optimizer.step#") and e.get("ph") == "X"]
+    assert len(updates) == 3
+    told = capsys.readouterr().out
+    assert "where a step's time goes (3 were looked at" in told
+    assert "ms  aten::convolution_backward" in told
+    mine, theirs = (last_checkpoint(folder).model for folder in (tmp_path / "out", whole.out))
+    assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
 
 
 def test_a_checkpoint_tells_all_about_its_model(whole: Run) -> None:
