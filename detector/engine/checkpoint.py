@@ -24,7 +24,7 @@ FORMAT = 1
 
 MAY_CHANGE_ON_RESUME = (
     "data.num_workers", "data.cache", "data.verify", "train.log_every", "train.checkpoint_every_steps", "train.images_every_epochs",
-    "train.loss_images", "train.init_from", "train.micro_batch", "train.checkpoint_activations", "eval.engine", "eval.batch_size",
+    "train.loss_images", "train.trace_steps", "train.init_from", "train.micro_batch", "train.checkpoint_activations", "eval.engine", "eval.batch_size",
     "eval.loss",
 )  # fmt: skip
 """Settings that do not change what is computed, or (micro_batch) but for rounding, with a warning."""
