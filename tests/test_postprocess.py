@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -53,10 +54,20 @@ def test_nothing_above_the_threshold_gives_empty_detections() -> None:
     assert found[0].labels.dtype == torch.int64
 
 
-@pytest.mark.parametrize("changed", [{}, {"topk_candidates": 20}, {"score_thresh": 0.3}, {"detections_per_img": 7}])
-def test_detections_equal_torchvisions(changed: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("classes", "changed"),
+    [
+        (5, {}),
+        (5, {"topk_candidates": 20}),
+        (5, {"score_thresh": 0.3}),
+        (5, {"detections_per_img": 7}),
+        (1, {}),
+        (1203, {}),
+    ],
+)
+def test_detections_equal_torchvisions(classes: int, changed: dict[str, Any]) -> None:
     options = {**SETTINGS, **changed}
-    outputs, sizes = random_outputs((256, 192)), [(250, 190), (200, 131)]
+    outputs, sizes = random_outputs((256, 192), classes=classes), [(250, 190), (200, 131)]
     model = SimpleNamespace(box_coder=BoxCoder((1.0, 1.0, 1.0, 1.0)), **options)
     levels = list(torch.split(outputs.anchors, [d.shape[1] for d in outputs.box_deltas]))
     heads = {"cls_logits": list(outputs.cls_logits), "bbox_regression": list(outputs.box_deltas)}
@@ -192,19 +203,29 @@ ODD: dict[str, dict[str, Any]] = {
 }
 
 
+def in_order(found: Detections) -> Detections:
+    """Those of the same score from left to right and from top to bottom."""
+    order = np.lexsort((found.boxes[:, 1], found.boxes[:, 0], -found.scores))
+    return Detections(found.boxes[order], found.scores[order], found.labels[order])
+
+
 def same_detections(ours: list[Detections], expected: list[Detections], *, atol: float = 1e-4) -> None:
-    for mine, theirs in zip(ours, expected, strict=True):
+    for mine, theirs in zip(map(in_order, ours), map(in_order, expected), strict=True):
         torch.testing.assert_close(mine.boxes, theirs.boxes, rtol=0, atol=atol)
         torch.testing.assert_close(mine.scores, theirs.scores, rtol=0, atol=1e-6)
         assert torch.equal(mine.labels, theirs.labels)
 
 
-@pytest.mark.parametrize("changed", ODD.values(), ids=ODD)
+@pytest.mark.parametrize(
+    ("classes", "changed"),
+    [*((5, changed) for changed in ODD.values()), (2, {}), (1203, {})],
+    ids=[*ODD, "one class or two", "many classes"],
+)
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
-def test_the_whole_batch_at_once_finds_the_same(changed: dict[str, Any], activation: Any) -> None:
+def test_the_whole_batch_at_once_finds_the_same(classes: int, changed: dict[str, Any], activation: Any) -> None:
     """What a GPU without Triton does, on a CPU."""
     options = {**SETTINGS, "clip": "before_nms", "drop_empty": False, "bound_shrinking": False, **changed}
-    outputs = random_outputs((256, 192), batch=3)._replace(activation=activation)
+    outputs = random_outputs((256, 192), batch=3, classes=classes)._replace(activation=activation)
     sizes, originals = torch.tensor([[250, 190], [200, 131], [256, 192]]), torch.tensor([[500, 95], [100, 99], [7, 9]])
     expected = postprocess(outputs, sizes, original_sizes=originals, **options)
     found = as_detections(best_of_batch(outputs, sizes, **options), sizes, originals)

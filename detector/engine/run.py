@@ -34,7 +34,7 @@ from detector.engine.logger import RunLog, duration
 from detector.engine.optim import Ema, build_optimizer, resolve_precision, scaled_lr, warmup_of
 from detector.engine.predict import model_of
 from detector.engine.preflight import class_weights, class_weights_text, first_loss_text
-from detector.engine.trace import Trace
+from detector.engine.trace import FIRST, Trace
 from detector.losses import RetinaNetLoss, build_loss
 from detector.losses.class_loss import USES
 from detector.losses.retinanet import ConstantLoss
@@ -195,6 +195,12 @@ class Run:
         log.info(self.lr_text)
         if config.optim.warmup_steps > total_steps:
             log.warn(f"optim.warmup_steps {config.optim.warmup_steps} is longer than the run: {total_steps} steps")
+        left = total_steps - self.state.step
+        if config.train.trace_steps and left < FIRST + config.train.trace_steps:
+            log.warn(
+                f"train.trace_steps {config.train.trace_steps} will not come to anything: {left} steps are left, and the first {FIRST} of "
+                "a session are not looked at"
+            )
         if planner.factors is not None:
             log.info(
                 f"{config.data.sampling} sampling: {planner.pictures_per_epoch} pictures an epoch of {len(planner.sizes)}, each "

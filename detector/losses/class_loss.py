@@ -201,7 +201,8 @@ class ClassLoss(nn.Module):
         """Of the classes and, last, the background."""
         if self.alpha is None and self.negative_weight is None:
             return None
-        weights = torch.full((num_classes + 1,), weight_of_negatives(self.alpha, self.negative_weight), device=device)
+        background = float(weight_of_negatives(self.alpha, self.negative_weight))
+        weights = torch.full((num_classes + 1,), background, device=device)
         weights[:num_classes] = 1.0 if self.alpha is None else self.alpha
         return weights
 

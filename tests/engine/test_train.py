@@ -165,6 +165,14 @@ def test_some_steps_of_a_run_are_profiled_and_told(
     assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
 
 
+def test_a_run_too_short_to_be_profiled_says_so(
+    data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config(tmp_path, data, train__epochs=1, train__trace_steps=3), tmp_path / "out")
+    assert "train.trace_steps 3 will not come to anything: 3 steps are left" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "trace.json.gz").exists()
+
+
 def test_a_checkpoint_tells_all_about_its_model(whole: Run) -> None:
     state = last_checkpoint(whole.out)
     assert state.categories.names == ("disc", "square", "bar")

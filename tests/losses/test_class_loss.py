@@ -415,3 +415,10 @@ def test_means_are_divided_by_the_images_of_the_step_and_not_by_its_positives(ki
     torch.autograd.backward(found)
     assert said.logits.grad is not None
     close(said.logits.grad, expected_gradient(settings, matched(said)) / 12, rtol=1e-4)
+
+
+def test_whole_numbers_weigh_a_softmax_like_any_others() -> None:
+    loss = ClassLoss(activation="softmax", alpha=[0.2, 0.3], negative_weight=1)
+    weights = loss._softmax_weights(2, torch.device("cpu"))
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([0.2, 0.3, 1.0])

@@ -145,6 +145,22 @@ def test_dense_loss_and_gradient_equal_the_formula(
 
 
 @both_paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [1, 1203])
+def test_any_number_of_classes_gives_what_the_formula_does(dense: Dense, classes: int, dtype: torch.dtype) -> None:
+    """In more than one block of anchors."""
+    anchors = 2 * dense_module.CHUNK // classes + 7 if classes > 1 else 500
+    logits, labels = random_case(2, anchors, classes)
+    logits = logits.to(dtype)
+    sums = dense(logits, labels, 0.25, 2.0)
+    torch.testing.assert_close(sums.double(), formula(logits, labels, 0.25, 2.0), rtol=1e-5, atol=0)
+    ours = gradient_of(dense, logits, labels, 0.25, 2.0)
+    theirs = gradient_of(formula, logits.double(), labels, 0.25, 2.0)
+    rounding = {torch.float32: 2e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
+    torch.testing.assert_close(ours.double(), theirs, rtol=rounding, atol=1e-7)
+
+
+@both_paths
 @pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
 def test_half_precision_logits_lose_no_more_than_their_own_rounding(
     dense: Dense, dtype: torch.dtype, digits: float
