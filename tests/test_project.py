@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from detector.config import Config, ConfigError, load_config
+from detector.config import Config
+from detector.config_yaml import load_config
 from detector.datasets.augment import Augmentation
+from detector.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "_base_" not in p.parts)

@@ -12,8 +12,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from tools import make_shapes
-from tools.make_shapes import CATEGORY_IDS, PLANS, Item, Scene, Split
+from data.shapes import make as make_shapes
+from data.shapes.make import CATEGORY_IDS, PLANS, Item, Scene, Split
 
 SHAPES = Path(__file__).resolve().parents[1] / "data" / "shapes"
 SPLITS: tuple[Split, ...] = ("train", "val")

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from detector.config import load_config
+from detector.config_yaml import load_config
 from detector.datasets.loader import _end_workers as end_workers
-from detector.engine.train import train
+from detector.training.train import train
 from tests.tiny import REPO, TinyData, images_of, write_coco, write_config, write_tiny_data
 from tools import eval as eval_tool
 from tools import predict as predict_tool

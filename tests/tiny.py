@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from detector.config import Config, load_config
-from detector.engine.checkpoint import TrainState, load_checkpoint
+from detector.checkpoint import TrainState, load_checkpoint
+from detector.config import Config
+from detector.config_yaml import load_config
 from detector.models import backbone
 
 REPO = Path(__file__).resolve().parents[1]

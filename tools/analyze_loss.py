@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detector.config import load_config
-from detector.engine.analyze import GAMMAS, analyze_checkpoint
-from detector.engine.command_line import command
+from detector.cli import command
+from detector.config_yaml import load_config
+from detector.reports.loss_analysis import GAMMAS, analyze_checkpoint
 
 
 @command

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from detector.benchmark.cases import CASES, DifferentError, Options
-from detector.benchmark.measure import machine
-from detector.benchmark.report import table
-from detector.engine.distributed import pick_device
+from detector.distributed import pick_device
+from tools.benchmarks.cases import CASES, DifferentError, Options
+from tools.benchmarks.measure import machine
+from tools.benchmarks.report import table
 
 
 def size(text: str) -> tuple[int, int]:

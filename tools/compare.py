@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detector.engine.checkpoint import write_json
-from detector.engine.command_line import command
-from detector.engine.compare import REPLICATES, compare, detect, figure, find_runs, group_runs, is_finished
+from detector.atomic import write_json
+from detector.cli import command
+from detector.experiments.compare import REPLICATES, compare, detect, figure, find_runs, group_runs, is_finished
 
 
 @command

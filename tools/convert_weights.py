@@ -19,12 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from detector.config import with_overrides
-from detector.engine.checkpoint import import_checkpoint, load_checkpoint, save_checkpoint
-from detector.engine.command_line import command
-from detector.engine.errors import RunError
-from detector.engine.predict import model_of
-from detector.models.foreign import SOURCES, Said, advice_for_torchvision, to_torchvision
+from detector.checkpoint import import_checkpoint, load_checkpoint, save_checkpoint
+from detector.cli import command
+from detector.config_yaml import with_overrides
+from detector.errors import RunError
+from detector.inference.predictor import model_of
+from detector.weights.foreign import SOURCES
+from detector.weights.name_maps import Said
+from detector.weights.to_torchvision import advice_for_torchvision, to_torchvision
 
 
 def four_numbers(text: str) -> tuple[float, float, float, float]:

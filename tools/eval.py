@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detector.config import load_config
-from detector.engine.command_line import command
-from detector.engine.score import score_checkpoint, score_results_file
+from detector.cli import command
+from detector.config_yaml import load_config
+from detector.evaluation.score import score_checkpoint, score_results_file
 
 
 @command

@@ -16,28 +16,29 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detector.datasets.download import DataError, nearest
-from detector.datasets.public import COCO2017, get_bccd, get_coco2017
-from detector.datasets.split import split_file
-from detector.datasets.voc import VocResult, convert_voc
+from detector.dataset_tools.download import nearest
+from detector.dataset_tools.public import COCO2017, get_bccd, get_coco2017
+from detector.dataset_tools.stratify import split_file
+from detector.dataset_tools.voc import VocResult, convert_voc
+from detector.errors import DownloadError
 
 COMMANDS = ("bccd", "coco2017", "voc", "split")
 SHOWN_PROBLEMS = 20
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a DataError: one line, no usage text."""
+    """argparse, but a mistake is a DownloadError: one line, no usage text."""
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse wants to print."""
-        raise DataError(f"{message}; see {self.prog} --help", exit_code=2)
+        raise DownloadError(f"{message}; see {self.prog} --help", exit_code=2)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; return 0, 2 for what the user can mend, 1 for other failures, 130 when stopped by Ctrl-C."""
     try:
         run(sys.argv[1:] if argv is None else argv)
-    except DataError as error:
+    except DownloadError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
@@ -50,10 +51,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str]) -> None:
-    """Parse and do it; raises DataError."""
+    """Parse and do it; raises DownloadError."""
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         choices = ", ".join(COMMANDS)
-        raise DataError(f"dataset must be one of {choices}, got {argv[0]!r}{nearest(argv[0], COMMANDS)}", exit_code=2)
+        raise DownloadError(
+            f"dataset must be one of {choices}, got {argv[0]!r}{nearest(argv[0], COMMANDS)}", exit_code=2
+        )
     args = parse(argv)
     if args.dataset == "bccd":
         get_bccd(args.root, keep_archives=args.keep_archives)
@@ -68,7 +71,7 @@ def run(argv: list[str]) -> None:
                 args.images, args.annotations, list_file=args.list, output=args.output, categories=categories
             )
         except ValueError as error:
-            raise DataError(str(error), exit_code=2) from error
+            raise DownloadError(str(error), exit_code=2) from error
         report(result, args.output)
 
 
@@ -79,7 +82,7 @@ def split(args: argparse.Namespace) -> None:
     try:
         parts = split_file(args.annotations, fractions, output_dir=output_dir, seed=args.seed)
     except ValueError as error:  # DatasetError is one
-        raise DataError(str(error), exit_code=2) from error
+        raise DownloadError(str(error), exit_code=2) from error
     for name, part in parts.items():
         counts = Counter(a.get("category_id") for a in part["annotations"] if isinstance(a, dict))
         named = {
@@ -107,7 +110,7 @@ def report(result: VocResult, output: Path) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Parse the arguments; raises DataError."""
+    """Parse the arguments; raises DownloadError."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="dataset", required=True)
     for name in ("bccd", "coco2017"):

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from detector.engine.command_line import command
+from detector.cli import command
+from detector.errors import FigureError
 from detector.losses import (
     poly1_focal_loss,
     quality_focal_loss,
@@ -32,7 +33,7 @@ from detector.losses import (
     sigmoid_focal_star_loss,
     varifocal_loss,
 )
-from detector.reports.figures import FigureError, loss_curves, save
+from detector.reports.figures import loss_curves, save
 
 FIGURE_1 = ["focal:gamma=0", "focal:gamma=0.5", "focal:gamma=1", "focal:gamma=2", "focal:gamma=5"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detector.engine.command_line import command
+from detector.cli import command
 from detector.reports.figures import pyplot, save
 
 

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.progress import track
 
-from detector.engine.checkpoint import make_folder
-from detector.engine.command_line import command
-from detector.engine.distributed import pick_device
-from detector.engine.predict import find_pictures, load_predictor, predict_files, result_records, write_records
+from detector.atomic import make_folder
+from detector.cli import command
+from detector.distributed import pick_device
+from detector.inference.predictor import find_pictures, load_predictor, predict_files, result_records, write_records
 from detector.reports.draw import draw_detections
 
 

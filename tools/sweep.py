@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detector.engine.command_line import command
-from detector.engine.errors import Interrupted, RunError
-from detector.engine.plan import Plan, read_space, settle
-from detector.engine.sweep import sweep
+from detector.cli import command
+from detector.errors import Interrupted, RunError
+from detector.experiments.search_space import Plan, read_space, settle
+from detector.experiments.sweep import sweep
 
 
 @command

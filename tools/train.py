@@ -11,10 +11,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detector.config import Config, load_config
-from detector.engine.command_line import command
-from detector.engine.memory import keep_freed_memory
-from detector.engine.train import train
+from detector.cli import command
+from detector.config import Config
+from detector.config_yaml import load_config
+from detector.memory import keep_freed_memory
+from detector.training.train import train
 
 
 @command

@@ -10,14 +10,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the internet for its newest version
-
 import albumentations as A
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.config import ConfigError
 from detector.datasets.coco import Objects
+from detector.errors import ConfigError
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the internet for its newest version
 
 COMPOSITES = ("OneOf", "SomeOf", "RandomOrder", "Sequential", "OneOrOther")
 

@@ -19,21 +19,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.datasets.checks import (
-    KINDS,
-    BoxChecks,
-    DatasetError,
-    Problem,
-    check_boxes,
-    count_kinds,
-    examples,
-    format_problems,
-    problem,
-    table,
-    training_boxes,
-    wrap,
-    write_problems,
-)
 from detector.datasets.coco_json import (
     AnnotationEntries,
     ImageEntries,
@@ -47,7 +32,23 @@ from detector.datasets.coco_json import (
     read_images,
     require_coco,
 )
-from detector.datasets.images import BAD, DEEP_GREY, GOOD, MISSING, ImageFacts, check_images
+from detector.datasets.image_check import BAD, GOOD, MISSING, ImageFacts, check_images
+from detector.datasets.images import DEEP_GREY
+from detector.datasets.problems import (
+    KINDS,
+    BoxChecks,
+    Problem,
+    check_boxes,
+    count_kinds,
+    examples,
+    format_problems,
+    problem,
+    table,
+    training_boxes,
+    wrap,
+    write_problems,
+)
+from detector.errors import DatasetError
 from detector.structures import Categories, GroundTruth
 
 __all__ = ["AllBoxes", "CocoDataset", "DatasetError", "Objects", "Problem", "read_coco"]

@@ -17,13 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.datasets.checks import (
-    DatasetError,
-    Problem,
-    printable,
-    problem,
-    shown,
-)
+from detector.datasets.problems import Problem, printable, problem, shown
+from detector.errors import DatasetError
 from detector.structures import Categories
 
 

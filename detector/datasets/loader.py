@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from detector.datasets.augment import Augmentation
 from detector.datasets.cache import PictureCache
 from detector.datasets.coco import CocoDataset, Objects
-from detector.datasets.images import ImageError, decode_at_least, part_of
+from detector.datasets.images import decode_at_least, part_of
 from detector.datasets.sampling import SampleKey
 from detector.datasets.transforms import (
     Resize,
@@ -33,6 +33,7 @@ from detector.datasets.transforms import (
     resized_size,
     scale_objects,
 )
+from detector.errors import ImageError
 from detector.structures import Batch, Targets, Unresized
 
 EVERYWHERE = np.array([[-1e6, -1e6, 1e6, 1e6]], dtype=np.float32)

@@ -1,8 +1,10 @@
 """The focal loss, its family and baselines, box losses and the whole RetinaNet loss."""
 
-from detector.losses.balance import effective_number, inverse_frequency
+from __future__ import annotations
+
 from detector.losses.box import box_loss
 from detector.losses.class_loss import ClassLoss
+from detector.losses.class_weights import effective_number, inverse_frequency
 from detector.losses.dense import dense_focal_loss
 from detector.losses.focal import (
     sigmoid_focal_loss,
@@ -10,8 +12,8 @@ from detector.losses.focal import (
     softmax_focal_loss,
     softmax_focal_star_loss,
 )
-from detector.losses.hard_examples import hardest_fraction, online_hard_examples
-from detector.losses.relatives import ghm_loss, poly1_focal_loss, quality_focal_loss, varifocal_loss
+from detector.losses.focal_variants import ghm_loss, poly1_focal_loss, quality_focal_loss, varifocal_loss
+from detector.losses.hard_example_mining import hardest_fraction, online_hard_examples
 from detector.losses.retinanet import RetinaNetLoss, build_loss
 
 __all__ = [

@@ -18,8 +18,7 @@ from detector.losses.focal import (
     softmax_focal_star_loss,
     weight_of_negatives,
 )
-from detector.losses.hard_examples import hardest_fraction, online_hard_examples
-from detector.losses.relatives import (
+from detector.losses.focal_variants import (
     bin_of,
     entries_of_bins,
     poly1_focal_loss,
@@ -27,6 +26,7 @@ from detector.losses.relatives import (
     varifocal_loss,
     weights_of_bins,
 )
+from detector.losses.hard_example_mining import hardest_fraction, online_hard_examples
 from detector.structures import HeadOutputs
 
 Kind = Literal["focal", "focal_star", "poly1_focal", "quality_focal", "varifocal", "ghm", "ohem", "bootstrap"]

@@ -8,11 +8,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from detector.assign.max_iou import Matches, match_anchors
 from detector.boxes import decode, overlap
 from detector.config import Config
 from detector.losses.box import BoxLoss, box_loss, matched_boxes
 from detector.losses.class_loss import USES, ClassLoss
-from detector.matching import Matches, match_anchors
 from detector.structures import HeadOutputs, Targets
 
 

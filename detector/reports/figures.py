@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from detector.errors import FigureError
+
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 """x and y, (n,) each."""
-
-
-class FigureError(ValueError):
-    """A figure that cannot be drawn; `str` says what to do."""
 
 
 def pyplot() -> Any:

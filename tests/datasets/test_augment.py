@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from detector.config import ConfigError
 from detector.datasets.augment import Augmentation, extreme_sizes
 from detector.datasets.coco import Objects
+from detector.errors import ConfigError
 
 NONE = np.zeros((0, 4), np.float32)
 Steps = Sequence[Mapping[str, Mapping[str, Any]]]

@@ -20,10 +20,11 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from detector.datasets.checks import KINDS, check_boxes, count_kinds
-from detector.datasets.coco import CocoDataset, DatasetError, read_coco
+from detector.datasets.coco import CocoDataset, read_coco
 from detector.datasets.coco_json import box_of_segmentation
 from detector.datasets.images import decode_image
+from detector.datasets.problems import KINDS, check_boxes, count_kinds
+from detector.errors import DatasetError
 from detector.structures import Categories
 
 Json = dict[str, Any]

@@ -19,18 +19,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from detector.datasets import image_check
 from detector.datasets import images as images_module
-from detector.datasets.images import (
-    BAD,
-    GOOD,
-    MISSING,
-    UNCHECKED,
-    ImageError,
-    check_images,
-    decode_at_least,
-    decode_image,
-    read_header,
-)
+from detector.datasets.image_check import BAD, GOOD, MISSING, UNCHECKED, check_images
+from detector.datasets.images import decode_at_least, decode_image, read_header
+from detector.errors import ImageError
 
 RNG = np.random.default_rng(0)
 
@@ -52,6 +45,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return real(path)
 
     monkeypatch.setattr(images_module, "_opened", open_and_note)
+    monkeypatch.setattr(image_check, "_opened", open_and_note)
     return names
 
 
@@ -387,7 +381,7 @@ def test_reading_the_memory_cannot_run_code(tmp_path: Path, own_cache: Path) -> 
     check_images(root, names, np.ones(5, bool), decode=True, progress=False)
     (memory,) = (own_cache / "detector").iterdir()
     np.savez(memory, names=np.array([{"pickled": 1}], dtype=object))
-    assert images_module._Memory(root).rows == {}
+    assert image_check._Memory(root).rows == {}
 
 
 def test_headers_of_png_are_read_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

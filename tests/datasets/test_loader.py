@@ -16,10 +16,10 @@ from torch import Tensor
 
 from detector.datasets.augment import Augmentation
 from detector.datasets.coco import CocoDataset, read_coco
-from detector.datasets.images import ImageError
 from detector.datasets.loader import EMPTY, DetectionDataset, Sample, build_loader, collate, to_device, unreadable
 from detector.datasets.loader import _end_workers as end_workers
 from detector.datasets.sampling import SampleKey, StepPlanner, TrainSampler
+from detector.errors import ImageError
 from detector.structures import Batch, Targets
 from tests.tiny import REPO, images_of, write_coco
 

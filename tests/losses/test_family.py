@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
-from detector.engine.memory import peak_of
 from detector.losses import (
     ClassLoss,
     effective_number,
@@ -31,7 +30,8 @@ from detector.losses import (
     varifocal_loss,
 )
 from detector.losses.dense import anchor_losses, dense_loss
-from detector.losses.relatives import ghm_weights
+from detector.losses.focal_variants import ghm_weights
+from detector.memory import peak_of
 from detector.structures import HeadOutputs
 
 SIGMOID: dict[str, Callable[..., Tensor]] = {

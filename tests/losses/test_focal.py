@@ -15,7 +15,7 @@ from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 from detector.losses import dense as dense_module
 from detector.losses.dense import _plain_focal_loss, dense_focal_loss
 from detector.losses.focal import sigmoid_focal_loss
-from detector.losses.relatives import ghm_loss, poly1_focal_loss, quality_focal_loss, varifocal_loss
+from detector.losses.focal_variants import ghm_loss, poly1_focal_loss, quality_focal_loss, varifocal_loss
 
 Dense = Callable[[Tensor, Tensor, float | None, float], Tensor]
 

@@ -15,11 +15,11 @@ from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetin
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from detector.anchors import pyramid_grids
+from detector.assign.max_iou import Matches
 from detector.boxes import encode
 from detector.config import Config, ModelConfig
 from detector.losses import RetinaNetLoss, build_loss
 from detector.losses.box import BoxLoss
-from detector.matching import Matches
 from detector.models import build_anchors
 from detector.structures import HeadOutputs, Targets
 

@@ -16,10 +16,10 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from detector.anchors import pyramid_grids
 from detector.config import HeadConfig, ModelConfig
+from detector.inference.postprocess import postprocess
 from detector.losses import RetinaNetLoss
 from detector.losses.box import BoxLoss
 from detector.models import RetinaNet, build_model
-from detector.postprocess import postprocess
 from detector.structures import Detections, Targets
 
 CLASSES = 7

@@ -40,11 +40,11 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
+from detector.checkpoint import load_checkpoint
 from detector.datasets.images import decode_image
-from detector.engine.checkpoint import load_checkpoint
-from detector.engine.predict import load_predictor
-from tests.models import theirs
-from tests.models.theirs import MAX_SIZE, MIN_SIZE, R18, R50, X101_32, Body, Objects, State
+from detector.inference.predictor import load_predictor
+from tests.weights import peer_models as theirs
+from tests.weights.peer_models import MAX_SIZE, MIN_SIZE, R18, R50, X101_32, Body, Objects, State
 from tools.convert_weights import main as convert
 
 LIMIT = 10_000

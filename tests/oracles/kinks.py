@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m tests.oracles.kinks --seeds 0 1 2 3 4 5 6 7
 
 40 runs of 20 steps each way, twice over, in some 20 minutes. A figure is the largest difference of a weight as a share of what
-`tests/engine/test_distributed.py` allows it; `largest` is the largest as a share of its tensor's largest entry.
+`tests/training/test_distributed.py` allows it; `largest` is the largest as a share of its tensor's largest entry.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from tests.engine import test_distributed as runs
 from tests.tiny import last_checkpoint
+from tests.training import test_distributed as runs
 
 WAYS = {
     "ReLU": runs.train_as_it_is,

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from detector import matching
+from detector.assign import max_iou as matching
 from detector.datasets import images
 from detector.losses import class_loss
 from detector.models import backbone, fpn

@@ -1,0 +1,1 @@
+"""Assignment of anchors to ground-truth objects."""

@@ -1,0 +1,1 @@
+"""Getting, converting and splitting datasets; nothing here is needed to train."""

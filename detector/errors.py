@@ -1,0 +1,76 @@
+"""Errors that a user can cause or fix. `detector.cli` turns a `UserError` into one message and exit code 2."""
+
+from __future__ import annotations
+
+import signal
+
+
+class UserError(ValueError):
+    """A mistake in a command, a config or the data. The message states what, where, and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """Invalid settings. The message lists all of them, each with its full key, its source and a remedy."""
+
+
+class DatasetError(UserError):
+    """A dataset that cannot be used. The message lists every reason."""
+
+
+class ImageError(UserError):
+    """An image file that cannot be used. The message names the file and the reason."""
+
+
+class ResultsError(UserError):
+    """A COCO results file that cannot be scored. The message lists everything wrong with it."""
+
+
+class WeightsError(UserError):
+    """Weights that cannot be read or do not fit the model. The message names the file and the tensors."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read, written or used. The message names the file and the reason."""
+
+
+class RunError(UserError):
+    """A run that cannot start or continue."""
+
+
+class DivergedError(RunError):
+    """A loss, a gradient or a weight is no longer finite."""
+
+
+class InputError(UserError):
+    """Inputs of a prediction that name no image, or an argument that is no image."""
+
+
+class DownloadError(UserError):
+    """A dataset that cannot be fetched or unpacked.
+
+    Args:
+        message: what, where and what to do.
+        exit_code: 2 where the user can fix it, 1 where the network or the server is at fault.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class FigureError(UserError):
+    """A figure that cannot be drawn."""
+
+
+class Interrupted(Exception):  # noqa: N818 (not an error: the user asked for it)
+    """A signal ended the run after a checkpoint was saved.
+
+    Args:
+        signum: the signal's number.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum

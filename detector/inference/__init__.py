@@ -1,0 +1,1 @@
+"""From images to detections: post-processing, NMS, the detector and the predictor."""

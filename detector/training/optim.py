@@ -1,0 +1,89 @@
+"""Optimizers, the learning rate as a function of the step, and the averaged weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from detector.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, *, lr: float) -> torch.optim.Optimizer:
+    """The optimizer over what is trained, in groups: backbone or rest, decayed or not.
+
+    Each group carries `lr_factor`; `set_lr` multiplies by it.
+    """
+    norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+    no_decay: set[int] = set()
+    if not config.norm_bias_decay:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if isinstance(module, norms) or name == "bias":
+                    no_decay.add(id(parameter))
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (name.startswith("backbone."), id(parameter) in no_decay)
+            groups.setdefault(key, []).append(parameter)
+    parameter_groups = [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if undecayed else config.weight_decay,
+            "lr_factor": config.backbone_lr_factor if backbone else 1.0,
+        }
+        for (backbone, undecayed), parameters in groups.items()
+    ]
+    if config.name == "sgd":
+        return torch.optim.SGD(parameter_groups, lr=lr, momentum=config.momentum)
+    # fused: one pass over the memory instead of a dozen (ResNet-18 on one core: 23 ms a step instead of 63)
+    return torch.optim.AdamW(parameter_groups, lr=lr, betas=config.betas, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+
+
+def current_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the groups that have the whole of it."""
+    return next((float(g["lr"]) for g in optimizer.param_groups if g["lr_factor"] == 1), 0.0)
+
+
+def scaled_lr(config: OptimConfig, batch_size: int) -> tuple[float, str]:
+    """The learning rate for this batch size, and the arithmetic in words."""
+    if not config.scale_lr or batch_size == config.lr_batch_size:
+        return config.lr, f"learning rate {config.lr:g} (batch of {batch_size})"
+    ratio = batch_size / config.lr_batch_size
+    rule = "linear" if config.name == "sgd" else "square root"
+    lr = config.lr * (ratio if config.name == "sgd" else math.sqrt(ratio))
+    shown = (
+        f"{batch_size} / {config.lr_batch_size}"
+        if config.name == "sgd"
+        else f"sqrt({batch_size} / {config.lr_batch_size})"
+    )
+    return lr, (
+        f"learning rate {config.lr:g} x {shown} = {lr:.4g}: optim.lr is for {config.lr_batch_size} images a step "
+        f"({rule} rule; optim.scale_lr=false to take it as it is)"
+    )
+
+
+def warmup_of(config: OptimConfig, total_steps: int) -> int:
+    """Steps of warm-up, clamped to the run."""
+    return min(config.warmup_steps, total_steps)
+
+
+def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
+    """What the learning rate is multiplied by at a step (0-based): a pure function, so resuming needs no state."""
+    warmup = warmup_of(config, total_steps)
+    factor = 1.0
+    if step < warmup:
+        factor = config.warmup_factor + (1 - config.warmup_factor) * step / warmup
+    if config.schedule == "multistep":
+        passed = sum(step >= round(m * total_steps) for m in config.milestones)
+        return factor * config.gamma**passed
+    progress = step / total_steps
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return factor * (config.final_lr_factor + (1 - config.final_lr_factor) * cosine)

@@ -1,0 +1,1 @@
+"""Reading, transferring, importing and exporting weights."""
