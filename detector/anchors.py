@@ -1,29 +1,32 @@
-"""The dense anchors of an image size (Lin et al. 2017, section 4), and which objects they can reach."""
+"""Dense anchors (Lin et al. 2017, section 4), and the best IoU that they reach with given boxes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from detector.config import AnchorRounding, AnchorSpacing
+
 STRIDES = (8, 16, 32, 64, 128)
-"""Of the pyramid's levels P3..P7."""
+"""Strides of the levels P3..P7 in pixels."""
 
 
 class AnchorGenerator(nn.Module):
-    """Anchors for every cell of every level, computed once per image size and kept.
+    """The anchors of every cell of every level, cached per image size.
 
-    Holds no parameters. Order: levels, then cells row by row, then a = ratio * num_sizes + size.
+    This module has no parameters. The order is: levels, then cells row by row, then a = ratio * num_sizes + size.
 
     Args:
-        sizes: per level, the side in pixels of a square anchor, or several.
-        octave_scales: factors on each size.
-        ratios: height / width; area stays.
-        strides: pixels between cells per level, or "grid": padded size // feature map size.
-        center_offset: centre of a cell's anchors, in strides from its corner.
+        sizes: per level, the side in pixels of a square anchor, or several sides.
+        octave_scales: factors by which each size is multiplied.
+        ratios: height / width, at equal area.
+        spacing: distance between neighbouring cells: "fixed" is the level's stride, "grid" padded size // feature map
+            size.
+        center_offset: centre of a cell's anchors, in strides from the cell's corner.
         rounding: "integer" rounds the corners relative to the centre, as torchvision does.
+        strides: per level, image size over feature map size.
     """
 
     def __init__(
@@ -32,38 +35,49 @@ class AnchorGenerator(nn.Module):
         octave_scales: Sequence[float],
         *,
         ratios: Sequence[float],
-        strides: Sequence[float] | Literal["grid"],
+        spacing: AnchorSpacing,
         center_offset: float,
-        rounding: Literal["none", "integer"],
+        rounding: AnchorRounding,
+        strides: Sequence[int] = STRIDES,
     ) -> None:
         super().__init__()
-        self.strides = strides
+        self.strides = tuple(strides)
+        self.spacing = spacing
         self.center_offset = center_offset
         self.cells = [_cell_anchors(s, octave_scales, ratios, rounding) for s in sizes]
         self._cache: dict[tuple[object, ...], Tensor] = {}
 
     @property
     def num_per_cell(self) -> int:
-        """Anchors of one cell."""
+        """Number of anchors per cell."""
         return len(self.cells[0])
 
     def forward(self, image_size: tuple[int, int], grids: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-        """Anchors (A, 4) of a padded image size (height, width) whose levels have these grids (height, width)."""
+        """Return the anchors of an image size.
+
+        Args:
+            image_size: padded height and width in pixels.
+            grids: height and width of each level in cells.
+            device: where the anchors are needed.
+
+        Returns:
+            (A, 4) float32 xyxy, all levels.
+        """
         key = (image_size, tuple(grids), device)
         if key not in self._cache:
-            if len(self._cache) >= 64:  # multi-scale batches of odd sizes must not fill the memory
+            if len(self._cache) >= 64:  # bounds the memory for batches of many sizes
                 self._cache.clear()
             levels = [self._level(level, image_size, grid) for level, grid in enumerate(grids)]
             self._cache[key] = torch.cat(levels).to(device)
         return self._cache[key]
 
-    def forget(self) -> None:
-        """Drop what is kept."""
+    def clear_cache(self) -> None:
+        """Empty the cache."""
         self._cache = {}
 
     def level_strides(self, level: int, image_size: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float]:
-        """Vertical and horizontal distance of a level's cells in pixels."""
-        if self.strides == "grid":
+        """Vertical and horizontal distance between neighbouring cells of a level, in pixels."""
+        if self.spacing == "grid":
             return float(image_size[0] // grid[0]), float(image_size[1] // grid[1])
         return float(self.strides[level]), float(self.strides[level])
 
@@ -77,11 +91,11 @@ class AnchorGenerator(nn.Module):
 
 
 def _cell_anchors(
-    sizes: float | Sequence[float], octave_scales: Sequence[float], ratios: Sequence[float], rounding: str
+    sizes: float | Sequence[float], octave_scales: Sequence[float], ratios: Sequence[float], rounding: AnchorRounding
 ) -> Tensor:
-    """(ratios * sizes * scales, 4) anchors around the origin."""
-    several = (sizes,) if isinstance(sizes, (int, float)) else tuple(sizes)
-    sides = torch.tensor([s * scale for s in several for scale in octave_scales], dtype=torch.float32)
+    """(ratios * sizes * scales, 4) anchors centred at the origin."""
+    base = (sizes,) if isinstance(sizes, (int, float)) else tuple(sizes)
+    sides = torch.tensor([s * scale for s in base for scale in octave_scales], dtype=torch.float32)
     stretch = torch.tensor(ratios, dtype=torch.float32).sqrt()
     height = (stretch[:, None] * sides[None, :]).flatten()
     width = ((1 / stretch)[:, None] * sides[None, :]).flatten()
@@ -89,22 +103,22 @@ def _cell_anchors(
     return corners.round() if rounding == "integer" else corners
 
 
-def pyramid_grids(image_size: tuple[int, int]) -> list[tuple[int, int]]:
-    """(height, width) in cells of P3..P7 for a padded image size: each level halves, rounding up."""
+def pyramid_grids(image_size: tuple[int, int], strides: Sequence[int] = STRIDES) -> list[tuple[int, int]]:
+    """Return the height and width of each level in cells, for a padded image size."""
     height, width = image_size
-    return [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
+    return [(-(-height // stride), -(-width // stride)) for stride in strides]
 
 
 def best_anchor_iou(generator: AnchorGenerator, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Highest overlap that any anchor has with each box, without building the anchors.
+    """Compute the highest IoU that any anchor has with each box, without building the anchors.
 
-    All anchors of one shape on one level overlap a box the more the nearer their centre is to the box's, along each
-    axis by itself, so the nearest cell decides: 5 levels x 9 shapes to look at per box instead of 100,000 anchors.
+    Of all anchors of one shape and level, the one whose centre is nearest to the box's along both axes has the highest
+    IoU. So 5 levels x 9 shapes are compared per box, instead of 100,000 anchors.
 
     Args:
-        generator: the anchors in question.
-        boxes: (N, 4) in pixels of the network input.
-        image_size: its padded height and width.
+        generator: of the anchors.
+        boxes: (N, 4) xyxy in pixels of the network input.
+        image_size: padded height and width of the network input.
 
     Returns:
         (N,) intersection over union.
@@ -112,7 +126,7 @@ def best_anchor_iou(generator: AnchorGenerator, boxes: Tensor, image_size: tuple
     best = boxes.new_zeros(len(boxes))
     width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
     center_x, center_y = ((boxes[:, 2:] + boxes[:, :2]) / 2).unbind(1)
-    for level, grid in enumerate(pyramid_grids(image_size)):
+    for level, grid in enumerate(pyramid_grids(image_size, generator.strides)):
         stride_y, stride_x = generator.level_strides(level, image_size, grid)
         off_x = _distance_to_grid(center_x, stride_x, generator.center_offset, grid[1])
         off_y = _distance_to_grid(center_y, stride_y, generator.center_offset, grid[0])
@@ -126,5 +140,6 @@ def best_anchor_iou(generator: AnchorGenerator, boxes: Tensor, image_size: tuple
 
 
 def _distance_to_grid(center: Tensor, stride: float, offset: float, cells: int) -> Tensor:
+    """Distance of each coordinate to the nearest cell centre along one axis, in pixels."""
     nearest = (center / stride - offset).round().clamp(0, cells - 1)
     return ((nearest + offset) * stride - center).abs()

@@ -1,9 +1,8 @@
-"""Checkpoints: what a run is made of, written so that nothing can be half there and read so that nothing can run."""
+"""Checkpoints: the state of a run, written as complete files and read without running code from them."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,21 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detector.atomic import atomic_file
+from detector.cli import require_checkpoint
 from detector.config import Config
+from detector.config_formats import require_known
 from detector.config_yaml import config_from_dict
 from detector.errors import CheckpointError, WeightsError
 from detector.structures import Categories
 from detector.weights.foreign import import_detector, is_foreign, require_no_backbone
-from detector.weights.name_maps import Said
+from detector.weights.import_facts import ImportOptions
 from detector.weights.safe_load import read_content
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 has a config of format 1 (`detector.config_formats`)."""
 
 
 @dataclass
 class TrainState:
-    """Exactly what a checkpoint holds. Nothing random is among it: the order and the augmentation of every step are
-    functions of the seed and the step, and the step itself draws no random numbers."""
+    """Exactly what a checkpoint holds.
+
+    There is no state of random number generators: the order and the augmentation of the images are functions of the
+    seed and the step, and the step itself draws no random numbers.
+    """
 
     config: Config
     categories: Categories
@@ -39,109 +45,94 @@ class TrainState:
     best_ap: float = -1.0
     evaluations_since_best: int = 0
     unlogged: Tensor | None = None
-    """(n, 5) what the steps since the last record of the log add to the next one."""
+    """(n, 5) float32: the values of the steps since the last log record, which the next record includes."""
     finished: bool = False
-    """Whether the run came to its end (all steps, or early stopping)."""
+    """Whether the run is complete (all steps, or early stopping)."""
     apply_exif: bool = True
-    """Whether pictures are to be turned as their EXIF says: not if those it was trained on had orientations that their
-    annotations did not follow."""
+    """Whether to apply EXIF orientations: False if the annotations of the training set did not follow them."""
     train_set: str = ""
     """Fingerprint of the training images and annotations."""
     evaluation_due: bool = False
-    """Whether an epoch was finished but not yet evaluated."""
+    """Whether the last epoch is complete but not yet evaluated."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of what decides the numbers: torch, torchvision, threads, device."""
+    """Versions and hardware on which results depend: torch, torchvision, threads, device."""
     alpha: list[float] | None = None
-    """Weights of positives by class, where they were counted from the training set."""
+    """Weight of the positives of each class, where it was computed from the training set."""
     micro_batch: int | None = None
-    """What `train.micro_batch: auto` found, so that a resumed run computes as before."""
+    """The size that `train.micro_batch: auto` determined; a resumed run uses it again."""
     origin: list[str] = field(default_factory=list)
-    """Of imported weights: whose they are, and what was assumed about them."""
+    """Of imported weights: the framework and file they come from, and the assumptions of the import."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """What is evaluated and used: the averaged weights where there are any."""
+        """The weights to evaluate and use: the EMA weights if there are any."""
         return self.ema if self.ema is not None else self.model
 
 
 def save_checkpoint(state: TrainState, path: Path) -> None:
-    """Write to a temporary file, flush it to disk, rename: the previous file survives until the new one is whole.
+    """Write a complete checkpoint; the previous file is replaced only then.
 
     Raises:
-        CheckpointError: the disk refuses; the previous file is untouched.
+        RunError: the file cannot be written; the previous one is unchanged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # always this name, so that a killed process's is replaced
     content = {
         "format": FORMAT,
         "config": state.config.model_dump_json(),
         "categories": {"ids": list(state.categories.ids), "names": list(state.categories.names)},
         **{k: v for k, v in vars(state).items() if k not in ("config", "categories")},
     }
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"checkpoint {path} cannot be written: {error}; the previous one is untouched") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path, single_writer=True) as file:
+        torch.save(content, file)
 
 
 def load_checkpoint(path: Path) -> TrainState:
-    """Read a checkpoint into main memory, ours or another program's RetinaNet; nothing in the file is ever run.
+    """Read a checkpoint, or another framework's RetinaNet, into main memory; no code in the file is run.
 
     Raises:
-        CheckpointError: missing, broken, or no detector.
-        WeightsError: another program's that cannot be taken over.
+        CheckpointError: the file is missing or damaged, contains no detector, or has a newer format.
+        WeightsError: another framework's detector cannot be imported.
     """
-    if not path.is_file():
-        near = sorted(path.parent.glob("**/*.pt"))[:3] if path.parent.is_dir() else []
-        hint = f"; there is {', '.join(map(str, near))}" if near else ""
-        raise CheckpointError(f"checkpoint {path} does not exist{hint}")
+    require_checkpoint(path)
     try:
-        # mapped, so that reading a large file for its config costs nothing
-        content = read_content(path, mmap=True)
+        content = read_content(path, mmap=True)  # mapped: reading only the config of a large file costs nothing
     except WeightsError as error:
         raise CheckpointError(str(error).replace("weights file", "checkpoint", 1)) from None
     if is_foreign(content):
         return import_checkpoint(path, content)
     require_no_backbone(content, path)
-    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+    if not isinstance(content, Mapping) or "format" not in content:
         raise CheckpointError(
-            f"{path} must be a checkpoint written by tools/train.py (format {FORMAT}), or a RetinaNet of torchvision, "
-            "detectron2 or mmdetection, got "
-            f"{'format ' + str(content.get('format')) if isinstance(content, Mapping) else type(content).__name__}"
+            f"{path} must be a checkpoint written by tools/train.py, or a RetinaNet of torchvision, detectron2 or "
+            f"mmdetection, got {type(content).__name__}"
         )
+    require_known(content["format"], f"checkpoint {path}", newest=FORMAT, error=CheckpointError)
     try:
         rest = {k: v for k, v in content.items() if k not in ("format", "config", "categories")}
         categories = Categories(tuple(content["categories"]["ids"]), tuple(content["categories"]["names"]))
         config = config_from_dict(json.loads(content["config"]), str(path))
         return TrainState(config=config, categories=categories, **rest)
     except (KeyError, TypeError, ValueError) as error:  # ConfigError and JSONDecodeError are ValueErrors
-        raise CheckpointError(f"checkpoint {path} is of another version of this program: {error}") from None
+        raise CheckpointError(f"checkpoint {path} was written by another version of this program: {error}") from None
 
 
-def import_checkpoint(path: Path, content: Any = None, said: Said | None = None) -> TrainState:
-    """Another program's RetinaNet as if it were a checkpoint of ours.
+def import_checkpoint(path: Path, content: Any = None, options: ImportOptions | None = None) -> TrainState:
+    """Convert another framework's RetinaNet to a checkpoint's content.
 
     Args:
-        path: of the file.
-        content: of the file, if it was read already.
-        said: about it.
+        path: the file.
+        content: the file's content, if it was read already.
+        options: facts that the file does not contain.
 
     Raises:
-        WeightsError: it cannot be taken over.
+        WeightsError: the file cannot be imported.
     """
-    imported = import_detector(path, content, said)
+    imported = import_detector(path, content, options)
     settings: dict[str, Any] = {
         "model": imported.model.model_dump(),
         "postprocess": imported.postprocess.model_dump(),
     }
-    if imported.sizes is not None:
-        settings["data"] = {"min_size": imported.sizes[0], "max_size": imported.sizes[1]}
+    if imported.min_max_size is not None:
+        settings["data"] = {"min_size": imported.min_max_size[0], "max_size": imported.min_max_size[1]}
     return TrainState(
         config=config_from_dict(json.loads(json.dumps(settings)), str(path)),
         categories=imported.categories,

@@ -1,4 +1,4 @@
-"""Errors that a user can cause or fix. `detector.cli` turns a `UserError` into one message and exit code 2."""
+"""Errors that a user can cause or fix. `detector.cli` converts a `UserError` to one message and exit code 2."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class WeightsError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be read, written or used. The message names the file and the reason."""
+    """A checkpoint that cannot be read or used. The message names the file and the reason."""
 
 
 class RunError(UserError):
-    """A run that cannot start or continue."""
+    """A run that cannot start or continue, or a file that it cannot read or write."""
 
 
 class DivergedError(RunError):

@@ -1,4 +1,4 @@
-"""Memory of the machine and of this process: how much is free, and how much a piece of work needs."""
+"""Free memory of the machine, and the peak memory of a computation."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ import torch
 Work = Callable[[], object]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h."""
+"""Parameters of glibc's mallopt (malloc.h)."""
 
 SPARE = 0.1
-"""Share of the free memory that a step is not to use: what evaluation, pictures and fragments take."""
+"""Share of the free memory that a training step leaves for evaluation, images and fragmentation."""
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory that this process may still take, of the machine or of its containers (cgroup v2); what files keep there
-    only as long as nobody needs the room counts as free. None where unknown."""
-    _give_back()
+    """Return the bytes of main memory that this process can still allocate; None if unknown.
+
+    The limits of the machine and of its containers (cgroup v2) apply. The page cache counts as free.
+    """
+    _release_freed_memory()
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
@@ -35,7 +37,7 @@ def free_memory() -> int | None:
     group = Path("/sys/fs/cgroup", own.strip("/"))
     for inside in [group, *group.parents][: len(group.parts) - 3]:  # up to /sys/fs/cgroup
         try:
-            limit = int((inside / "memory.max").read_text())  # "max" where there is none
+            limit = int((inside / "memory.max").read_text())  # "max" if there is no limit: a ValueError
             used = int((inside / "memory.current").read_text())
             stat = dict(line.split() for line in (inside / "memory.stat").read_text().splitlines())
             free = min(free, limit - used + int(stat["file"]) - int(stat["shmem"]))
@@ -45,18 +47,21 @@ def free_memory() -> int | None:
 
 
 def keep_freed_memory() -> None:
-    """Tell the C library to keep what it gets back: a step asks for the same memory as the one before, and pages that went
-    to the system come back empty, one fault each (a ResNet-18's steps of small pictures on two cores take 5 % less time). Only glibc
-    knows how; where the environment has told it otherwise, that stands."""
+    """Make glibc keep freed memory instead of returning it to the system.
+
+    A step allocates the same memory as the one before, and every page from the system costs a page fault (5 % of the
+    time of a ResNet-18's steps with small images on two cores). This has no effect with other C libraries, or if the
+    environment configures glibc's allocator.
+    """
     if platform.libc_ver()[0] != "glibc" or any(key.startswith(("MALLOC_", "GLIBC_TUNABLES")) for key in os.environ):
         return
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # larger blocks may still go back: kept, they would leave holes
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # larger blocks are still returned: kept, they would fragment the heap
     mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def peak_of(work: Work, device: torch.device) -> int:
-    """Bytes that one repetition needs beyond what is held already."""
+    """Return the peak memory in bytes of running `work` once, beyond what is allocated already."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -64,26 +69,25 @@ def peak_of(work: Work, device: torch.device) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    _give_back()  # so that what is needed shows
-    with _Watch() as watch:
+    _release_freed_memory()  # or it would be reused without a trace
+    with _PeakMonitor() as monitor:
         work()
-    return watch.peak - watch.before
+    return monitor.peak - monitor.before
 
 
-def _give_back() -> None:
-    """To the system, what the C library keeps of what was freed."""
+def _release_freed_memory() -> None:
+    """Return memory that the C library keeps after it was freed to the system."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
-class _Watch:
-    """The highest memory of this process in pages really used, looked at every millisecond (the kernel's own record cannot be
-    set back everywhere)."""
+class _PeakMonitor:
+    """Peak resident memory of this process, sampled every millisecond: not every kernel lets its own peak be reset."""
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> _PeakMonitor:
         self.before = self.peak = _resident()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
 
@@ -91,7 +95,7 @@ class _Watch:
         self._done.set()
         self._thread.join()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._done.wait(0.001):
             self.peak = max(self.peak, _resident())
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from detector.config_yaml import load_config
+from detector.models.resnet import ARCHITECTURES
 from detector.training.train import train
-from tests.tiny import TinyData, short_resnet, whole_resnet, write_config, write_tiny_data
+from tests.tiny import SHORT, WHOLE, TinyData, write_config, write_tiny_data
 
 # One thread each, here and in the programs that tests start: small tensors gain nothing from more, and when anything
 # else runs on the same cores, threads that wait for each other make a test five times slower.
@@ -68,14 +69,15 @@ def one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def short_network() -> Iterator[None]:
     """Use a ResNet-18 with one block per layer, which halves the time of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("detector.models.backbone._torchvision_resnet", short_resnet)
+        patch.setitem(ARCHITECTURES, "resnet18", SHORT)
         yield
 
 
 @pytest.fixture
 def whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ResNet-18 as it is: a tool started from the shell has no other, and seeds that meet no kink are of one network."""
-    monkeypatch.setattr("detector.models.backbone._torchvision_resnet", whole_resnet)
+    """ResNet-18 as it is: a tool started from the shell has no other, and seeds that meet no kink are of one
+    network."""
+    monkeypatch.setitem(ARCHITECTURES, "resnet18", WHOLE)
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +90,6 @@ def whole(data: TinyData, tmp_path_factory: pytest.TempPathFactory, one_thread: 
     folder = tmp_path_factory.mktemp("whole")
     config = write_config(folder / "tiny.yaml", data, **EVERYTHING_ON)
     with pytest.MonkeyPatch.context() as patch:  # made before what belongs to a module
-        patch.setattr("detector.models.backbone._torchvision_resnet", short_resnet)
+        patch.setitem(ARCHITECTURES, "resnet18", SHORT)
         train(load_config(config), folder / "run")
     return Run(config, folder / "run")

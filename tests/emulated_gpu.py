@@ -1,8 +1,8 @@
-"""A GPU that is none: tensors in main memory that say they are on a GPU.
+"""An emulated GPU: tensors in main memory that report a CUDA device.
 
-The code that only a GPU runs can so be run anywhere, and its results compared. An operation on tensors of two devices is an
-error, as on a GPU (and stricter: some take an index or a value from main memory there), and where the processor would have to wait for
-the GPU is written down. Not pretended: several streams,
+The code that only a GPU runs can so be run anywhere, and its results compared. An operation on tensors of two devices
+is an error, as on a GPU (and stricter: some take an index or a value from main memory there), and where the processor
+would have to wait for the GPU is recorded. Not emulated: several streams,
 generated code, the Triton kernel (tests/test_nms.py has it), speed, memory.
 """
 
@@ -22,13 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from detector.inference.nms import has_triton
-from detector.models import backbone, fpn
+from detector.models import convolution, fpn, resnet
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 
 WAITING = {
-    "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "bincount",
+    "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal",
+    "bincount",
 }  # fmt: skip
 """What gives a number, or a shape that the values decide; so does an index of booleans."""
 
@@ -42,7 +43,7 @@ UNPLACED = {
 
 
 class OnGpu(Tensor):
-    """A tensor that says it is on a GPU."""
+    """A tensor that reports a CUDA device."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
@@ -57,10 +58,11 @@ class TwoDevicesError(AssertionError):
     """An operation on tensors of two devices."""
 
 
-class PretendGpu(TorchFunctionMode):
+class EmulatedGpu(TorchFunctionMode):
     """While it is active, "cuda" is a device.
 
-    `waits`: for each time that a GPU would be waited for, the functions that led there, outermost first, and the operation.
+    `waits`: for each time that a GPU would be waited for, the functions that led there, outermost first, and the
+        operation.
     """
 
     def __init__(self) -> None:
@@ -136,7 +138,7 @@ class PretendGpu(TorchFunctionMode):
         return found
 
     def wait(self, operation: str) -> None:
-        """Write down that the GPU would be waited for, which it cannot be while it only remembers what it is told."""
+        """Record a wait for the GPU; while a graph is captured, waiting is an error."""
         if self.captured is not None:
             raise AssertionError(f"{operation} in a graph")
         functions = []
@@ -151,7 +153,7 @@ class PretendGpu(TorchFunctionMode):
 class _Parts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees what an operation consists of."""
 
-    def __init__(self, gpu: PretendGpu) -> None:
+    def __init__(self, gpu: EmulatedGpu) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.gpu = gpu
 
@@ -239,7 +241,7 @@ def _by_device(groups: Callable[..., Any]) -> Callable[..., Any]:
 def forgotten() -> Iterator[None]:
     """What was found out about a GPU, before and after; and settings of cuDNN as they were."""
     flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
-    known = (backbone._has_fused, has_triton)
+    known = (convolution.has_fused_conv_relu, has_triton)
     try:
         for function in known:
             function.cache_clear()
@@ -251,20 +253,22 @@ def forgotten() -> Iterator[None]:
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[PretendGpu]:
+def emulated_gpu() -> Iterator[EmulatedGpu]:
     """A GPU, with all that the package asks of one."""
     autocast, is_autocast_enabled = torch.autocast, torch.is_autocast_enabled
     loader = torch.utils.data.DataLoader
     with forgotten(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("detector.datasets.loader.DataLoader", lambda *a, **k: loader(*a, **{**k, "pin_memory": False}))
         answers: dict[str, Any] = {
-            "current_stream": Stream(), "is_available": True, "is_bf16_supported": True, "is_current_stream_capturing": False, "device_count": 1,
-            "get_device_name": "pretended", "get_device_capability": (0, 0), "mem_get_info": (1 << 34, 1 << 34), "max_memory_allocated": 0, "memory_allocated": 0,
+            "current_stream": Stream(), "is_available": True, "is_bf16_supported": True,
+            "is_current_stream_capturing": False, "device_count": 1,
+            "get_device_name": "emulated", "get_device_capability": (0, 0), "mem_get_info": (1 << 34, 1 << 34),
+            "max_memory_allocated": 0, "memory_allocated": 0,
             "memory_reserved": 0, "empty_cache": None, "synchronize": None, "reset_peak_memory_stats": None,
         }  # fmt: skip
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-        gpu = PretendGpu()
+        gpu = EmulatedGpu()
         for name, stand_in in {
             "Event": Event,
             "CUDAGraph": Graph,
@@ -277,7 +281,7 @@ def pretended_gpu() -> Iterator[PretendGpu]:
             patch.setattr(torch.optim.Optimizer, name, lambda *_: None, raising=False)
         patch.setattr(torch, "autocast", lambda _device, **options: autocast("cpu", **options))
         patch.setattr(torch, "is_autocast_enabled", lambda _device: is_autocast_enabled("cpu"))
-        for module in (backbone, fpn):  # it is a CPU that computes
+        for module in (resnet, fpn):  # it is a CPU that computes
             patch.setattr(module, "too_narrow_for_bf16", lambda x, *, stride=1: x.shape[-1] <= 2 * stride)
         patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
         for module in (nn.utils.clip_grad, torch.utils._foreach_utils):

@@ -1,4 +1,4 @@
-"""Anchors against torchvision's generator and restatements of detectron2's and mmdetection's."""
+"""Anchors compared with torchvision's generator and reimplementations of detectron2's and mmdetection's."""
 
 from __future__ import annotations
 
@@ -26,22 +26,25 @@ OURS: dict[str, Any] = {}
 TORCHVISION: dict[str, Any] = {
     "sizes": [[x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))] for x in (32, 64, 128, 256, 512)],
     "octave_scales": [1.0],
-    "strides": "grid",
-    "center_offset": 0.0,
-    "rounding": "integer",
+    "compat": {"anchor_spacing": "grid", "anchor_center_offset": 0.0, "anchor_rounding": "integer"},
 }
 DETECTRON2: dict[str, Any] = {
     "sizes": [[x * 2 ** (k / 3) for k in range(3)] for x in (32, 64, 128, 256, 512)],
     "octave_scales": [1.0],
-    "center_offset": 0.0,
+    "compat": {"anchor_center_offset": 0.0},
 }
-MMDETECTION: dict[str, Any] = {"sizes": [4 * stride for stride in STRIDES], "center_offset": 0.0}
+MMDETECTION: dict[str, Any] = {
+    "sizes": [4 * stride for stride in STRIDES],
+    "compat": {"anchor_center_offset": 0.0},
+}
 STYLES = {"ours": OURS, "torchvision": TORCHVISION, "detectron2": DETECTRON2, "mmdetection": MMDETECTION}
 
 
 def generator(style: dict[str, Any]) -> AnchorGenerator:
-    """The anchors of `model.anchors` settings."""
-    return build_anchors(ModelConfig.model_validate({"anchors": style}, strict=False))
+    """The anchors of settings of `model.anchors`, and of `model.compat` under "compat"."""
+    anchors = {key: value for key, value in style.items() if key != "compat"}
+    model = {"anchors": anchors, "compat": style.get("compat", {})}
+    return build_anchors(ModelConfig.model_validate(model, strict=False))
 
 
 def anchors_of(style: dict[str, Any], size: tuple[int, int]) -> Tensor:
@@ -50,7 +53,7 @@ def anchors_of(style: dict[str, Any], size: tuple[int, int]) -> Tensor:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_torchvisions_anchors_are_expressible_and_equal(size: tuple[int, int]) -> None:
+def test_torchvisions_anchors_can_be_configured(size: tuple[int, int]) -> None:
     reference: TorchvisionAnchors = _default_anchorgen()
     features = [torch.zeros(1, 1, *grid) for grid in pyramid_grids(size)]
     expected = reference(ImageList(torch.zeros(1, 3, *size), [size]), features)[0]
@@ -73,13 +76,13 @@ def detectron2_anchors(size: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.flo
 
 
 @pytest.mark.parametrize("size", SIZES[:3] + SIZES[-2:])
-def test_detectron2s_anchors_are_expressible_and_equal_up_to_their_order(size: tuple[int, int]) -> None:
+def test_detectron2s_anchors_can_be_configured_but_for_their_order(size: tuple[int, int]) -> None:
     expected = detectron2_anchors(size).swapaxes(1, 2).reshape(-1, 4)
     np.testing.assert_allclose(anchors_of(DETECTRON2, size).numpy(), expected, rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", SIZES[:3] + SIZES[-2:])
-def test_mmdetections_anchors_are_expressible_and_equal(size: tuple[int, int]) -> None:
+def test_mmdetections_anchors_can_be_configured(size: tuple[int, int]) -> None:
     scales = np.array([4 * 2 ** (i / 3) for i in range(3)])  # octave_base_scale 4, scales_per_octave 3
     h_ratios = np.sqrt([0.5, 1.0, 2.0])
     levels = []
@@ -112,7 +115,7 @@ def test_default_anchors_have_the_papers_shapes_at_the_middle_of_every_cell(size
 
 
 def test_mirrored_default_anchors_are_the_default_anchors() -> None:
-    """What the centre offset of 0.5 is for; torchvision's offset of 0 lacks it."""
+    """The reason for the centre offset of 0.5; it does not hold for torchvision's offset of 0."""
 
     def rows(anchors: Tensor) -> set[tuple[float, ...]]:
         return {tuple(round(v, 2) for v in row) for row in anchors.tolist()}
@@ -125,7 +128,7 @@ def test_mirrored_default_anchors_are_the_default_anchors() -> None:
     assert rows(mirrored(torchvisions)) != rows(torchvisions)
 
 
-def test_anchors_of_an_image_size_are_made_once_and_few_sizes_are_kept() -> None:
+def test_anchors_of_an_image_size_are_cached_for_a_bounded_number_of_sizes() -> None:
     anchors = generator(OURS)
     first = anchors((64, 64), pyramid_grids((64, 64)), CPU)
     assert anchors((64, 64), pyramid_grids((64, 64)), CPU) is first
@@ -135,14 +138,14 @@ def test_anchors_of_an_image_size_are_made_once_and_few_sizes_are_kept() -> None
     assert torch.equal(anchors((64, 64), pyramid_grids((64, 64)), CPU), first)
 
 
-def test_anchors_of_different_strides_across_and_down_follow_torchvisions_grid_rule() -> None:
+def test_grid_spacing_differs_between_the_axes_as_in_torchvision() -> None:
     # 320 rows make 3 cells on P7: 106 px apart, not 128; 224 columns make 2 cells, 112 px apart
     last = anchors_of(TORCHVISION, (320, 224))[-9:]
     center = (last[:, :2] + last[:, 2:]) / 2
     assert center.tolist() == [[112.0, 212.0]] * 9
 
 
-def test_anchors_hold_no_state_that_a_checkpoint_would_store() -> None:
+def test_anchors_have_no_state_to_store_in_a_checkpoint() -> None:
     assert not generator(OURS).state_dict()
 
 
@@ -167,7 +170,7 @@ def boxes_in_image(draw: st.DrawFn) -> tuple[tuple[int, int], Tensor]:
 def test_best_anchor_iou_is_the_maximum_over_all_anchors(style: str, image: tuple[tuple[int, int], Tensor]) -> None:
     size, boxes = image
     # anchors smaller than their stride, which leave gaps, also at the right and lower border
-    small = {"sizes": (4, 20, 33, 60, 90), "octave_scales": [1.0, 1.7], "center_offset": 0.0}
+    small = {"sizes": (4, 20, 33, 60, 90), "octave_scales": [1.0, 1.7], "compat": {"anchor_center_offset": 0.0}}
     anchors = generator({**STYLES, "small": small}[style])
     corner = torch.tensor([[size[1] - 3.0, size[0] - 3.0, size[1], size[0]]])
     boxes = torch.cat([boxes, corner])

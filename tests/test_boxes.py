@@ -1,4 +1,4 @@
-"""Box arithmetic against torchvision's."""
+"""Box arithmetic compared with torchvision's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_area, box_convert, box_iou
 
-from detector.boxes import MAX_LOG_SIZE, area, decode, encode, pairwise_intersection, pairwise_iou, xyxy_to_xywh
+from detector.boxes import (
+    MAX_LOG_SIZE,
+    area,
+    decode,
+    encode,
+    paired_iou,
+    pairwise_intersection,
+    pairwise_iou,
+    xyxy_to_xywh,
+)
 
 SIDE = st.floats(1, 500, width=32)
 CORNER = st.floats(-200, 1000, width=32)
@@ -70,26 +79,49 @@ def test_pairwise_iou_equals_torchvisions(n: int, m: int) -> None:
     assert torch.equal(pairwise_iou(one, two), box_iou(one, two))
 
 
-def test_pairwise_iou_of_a_batch_is_that_of_its_images() -> None:
+def test_pairwise_iou_of_a_batch_equals_that_of_each_image() -> None:
     batch, anchors = random_boxes(10, 0).view(2, 5, 4), random_boxes(7, 1)
     ious = pairwise_iou(batch, anchors)
     assert ious.shape == (2, 5, 7)
     assert torch.equal(ious[1], box_iou(batch[1], anchors))
 
 
-def test_pairs_of_empty_boxes_overlap_by_zero_and_not_by_nan() -> None:
+def test_pairs_of_empty_boxes_have_iou_0_and_not_nan() -> None:
     padding, box = torch.zeros(1, 4), torch.tensor([[0.0, 0.0, 4.0, 4.0]])
-    assert box_iou(padding, padding).isnan().all()  # why there is a function of our own
+    assert box_iou(padding, padding).isnan().all()  # the reason for a function of our own
     assert pairwise_iou(padding, torch.cat([padding, box])).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("n", [0, 1, 1000])
+def test_paired_iou_is_the_diagonal_of_the_pairwise_one(n: int) -> None:
+    one, two = random_boxes(n, 0), random_boxes(n, 1)
+    torch.testing.assert_close(paired_iou(one, two), box_iou(one, two).diagonal(), rtol=1e-6, atol=0)
+    assert paired_iou(torch.zeros(1, 4), torch.zeros(1, 4)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("n", [2, 17])
+def test_a_distribution_that_is_certain_decodes_to_its_distance(n: int) -> None:
+    anchor = torch.tensor([[100.0, 200.0, 140.0, 280.0]])  # 40 x 80, centre (120, 240)
+    logits = torch.full((1, 4, n), -1e4)
+    for side, distance in enumerate((1, 0, n - 1, 1)):
+        logits[0, side, distance] = 1e4
+    left, top, right, bottom = 120 - 1 * 5.0, 240 - 0 * 10.0, 120 + (n - 1) * 5.0, 240 + 1 * 10.0
+    assert decode(logits.flatten(1), anchor).tolist() == [[left, top, right, bottom]]
+
+
+def test_a_uniform_distribution_decodes_to_the_mean_distance() -> None:
+    anchor = torch.tensor([0.0, 0.0, 16.0, 8.0])
+    box = decode(torch.zeros(4 * 5), anchor)  # distances 0..4: 2 eighths on average
+    torch.testing.assert_close(box, torch.tensor([8.0 - 4, 4.0 - 2, 8.0 + 4, 4.0 + 2]))
 
 
 @pytest.mark.parametrize(
     ("box", "shared"),
     [
-        ([10.0, 0.0, 20.0, 10.0], 0.0),  # half-open boxes that touch share nothing
+        ([10.0, 0.0, 20.0, 10.0], 0.0),  # half-open boxes that touch do not intersect
         ([9.0, 9.0, 20.0, 20.0], 1.0),
         ([2.0, 3.0, 4.0, 6.0], 6.0),
-        ([11.0, 11.0, 20.0, 20.0], 0.0),  # two negative extents must not make a positive area
+        ([11.0, 11.0, 20.0, 20.0], 0.0),  # two negative extents must not give a positive area
     ],
 )
 def test_intersection(box: list[float], shared: float) -> None:

@@ -1,4 +1,4 @@
-"""The examples of the documents run and say what they promise."""
+"""The documentation's examples run and print what it promises."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def test_the_digits_example_runs_both_problems(repo_root: Path, capsys: pytest.C
     scores = [float(x) for x in re.findall(r" (0\.\d{3}) \(nan\)", table)]
     assert len(scores) == 12
     assert min(scores) > 0.4, "far above chance, which is 0.1"
-    assert len(set(scores)) == 12, "every loss learns something else"
+    assert len(set(scores)) == 12, "no two losses give the same result"
 
 
-def test_the_guides_snippet_runs(repo_root: Path) -> None:
+def test_the_snippet_of_the_focal_loss_guide_runs(repo_root: Path) -> None:
     guide = (repo_root / "docs" / "focal-loss.md").read_text()
     names: dict[str, Any] = {}
     exec(guide.partition("```python\n")[2].partition("```")[0], names)

@@ -1,14 +1,16 @@
-"""The repository itself: pins, recipes, documents."""
+"""The repository itself: versions, recipes, documents, and nothing private in its files."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
+import detector
 from detector.config import Config
 from detector.config_yaml import load_config
 from detector.datasets.augment import Augmentation
@@ -18,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "_base_" not in p.parts)
 
 
-def test_uv_and_pip_are_held_to_the_same_versions() -> None:
+def test_uv_and_pip_install_the_same_versions() -> None:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     for_uv = set(pyproject["tool"]["uv"]["constraint-dependencies"])
     for_pip = {line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"}
@@ -26,7 +28,30 @@ def test_uv_and_pip_are_held_to_the_same_versions() -> None:
     assert all("==" in pin for pin in for_uv)
 
 
-def test_every_dependency_earns_its_place_by_a_sentence() -> None:
+def test_the_version_is_the_same_everywhere_and_has_a_section_in_the_changelog() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert detector.__version__ == version
+    assert re.search(rf"^## \[?{re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+# In parts, so that this file does not match.
+PRIVATE = re.compile(
+    rb"/ro" rb"ot/|/ho" rb"me/\w|/Us" rb"ers/\w|/wo" rb"rk/\w|index" rb"-url|arti" rb"factory|[\w-]+\.inter" rb"nal\b",
+    re.IGNORECASE,
+)
+"""Absolute paths of a machine, and hosts of a private package registry."""
+
+
+def test_tracked_files_name_neither_machine_paths_nor_registry_hosts() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    found = {str(path): match[0] for path in files if path.is_file() and (match := PRIVATE.search(path.read_bytes()))}
+    assert not found
+
+
+def test_every_dependency_is_justified_in_the_documents() -> None:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     text = (ROOT / "docs" / "dependencies.md").read_text()
     for requirement in pyproject["project"]["dependencies"]:
@@ -45,12 +70,12 @@ def _keys(values: object) -> object:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_a_recipe_loads_and_says_how_to_run_it(path: Path) -> None:
+def test_a_recipe_loads_and_states_how_to_run_it(path: Path) -> None:
     config = load_config(path)
     Augmentation(config.data.augment, min_visibility=config.data.augment_min_visibility)
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     place = path.relative_to(ROOT)
-    tool = "eval.py" if place.parts[1] == "coco" else "train.py"  # the networks in coco/ are already trained
+    tool = "eval.py" if place.parts[1] == "coco" else "train.py"  # the networks of coco/ are published ones
     assert f"python tools/{tool} --config {place}" in header
 
 
@@ -74,12 +99,12 @@ def _repeated(values: dict[str, object], base: dict[str, object], at: str = "") 
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
-def test_links_of_the_documents_lead_somewhere(path: Path) -> None:
+def test_links_in_documents_have_targets(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
-def test_an_override_can_break_a_recipe_only_with_a_message() -> None:
+def test_a_mistake_in_an_override_of_a_recipe_is_reported() -> None:
     with pytest.raises(ConfigError, match=r"did you mean optim\.lr"):
         load_config(RECIPES[0], ["learning_rate=1"])

@@ -1,4 +1,4 @@
-"""The embedded dataset: what is committed is what the generator makes, is valid COCO, and needs shape to be solved."""
+"""The embedded dataset: the generator reproduces it, it is valid COCO, and only shape distinguishes its classes."""
 
 import io
 import json
@@ -81,7 +81,7 @@ def test_a_shape_fits_when_it_leaves_two_fifths_of_the_other_visible(x: int, may
 
 @pytest.mark.parametrize("category", CATEGORY_IDS)
 @pytest.mark.parametrize(("width", "height"), [(40, 40), (60, 35), (25, 80)])
-def test_every_shape_fills_the_box_it_was_given(category: str, width: int, height: int) -> None:
+def test_every_shape_fills_its_box(category: str, width: int, height: int) -> None:
     for seed in range(5):
         solid = make_shapes.rasterize(np.random.default_rng(seed), category, width, height) >= 128
         assert solid.shape == (height, width)
@@ -91,13 +91,13 @@ def test_every_shape_fills_the_box_it_was_given(category: str, width: int, heigh
 
 
 @pytest.mark.parametrize(("category", "low", "high"), [("disc", 1, 1), ("ring", 1 - 0.62**2, 1 - 0.5**2)])
-def test_disc_and_ring_have_the_area_of_an_ellipse_less_its_hole(category: str, low: float, high: float) -> None:
+def test_disc_and_ring_have_the_area_of_an_ellipse_minus_its_hole(category: str, low: float, high: float) -> None:
     coverage = make_shapes.rasterize(np.random.default_rng(0), category, 80, 50)
     assert 0.99 * low <= coverage.sum() / 255 / (np.pi / 4 * 80 * 50) <= 1.01 * high
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0, 0.5])
-def test_run_lengths_are_what_pycocotools_decodes(fill: float) -> None:
+def test_pycocotools_decodes_the_run_lengths(fill: float) -> None:
     mask = np.random.default_rng(0).random((7, 5)) < fill
     rle = make_shapes.run_lengths(mask)
     decoded = coco_mask.decode(coco_mask.frPyObjects(rle, *rle["size"]))
@@ -112,12 +112,12 @@ def test_the_generator_reproduces_the_committed_annotations_to_the_byte(
 
 
 def decoded(split: Split, image: Coco) -> NDArray[np.int16]:
-    with Image.open(SHAPES / "images" / split / image["file_name"]) as picture:
-        return np.asarray(picture.convert("RGB"), dtype=np.int16)
+    with Image.open(SHAPES / "images" / split / image["file_name"]) as file:
+        return np.asarray(file.convert("RGB"), dtype=np.int16)
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_generator_reproduces_the_committed_pictures(
+def test_the_generator_reproduces_the_committed_images(
     split: Split, generated: dict[Split, tuple[Coco, list[Scene]]]
 ) -> None:
     coco, scenes = generated[split]
@@ -125,14 +125,14 @@ def test_the_generator_reproduces_the_committed_pictures(
         repainted = Image.fromarray(make_shapes.paint(0, split, index, scenes[index]))
         buffer = io.BytesIO()
         repainted.save(buffer, "JPEG", quality=make_shapes.JPEG_QUALITY)
-        here = np.asarray(Image.open(buffer), dtype=np.int16)
-        there = decoded(split, coco["images"][index])
-        # JPEG libraries and vector units round differently, by a level or two; a colour drawn anew differs by dozens.
-        assert np.abs(here - there).mean() < 1.0
-        assert np.percentile(np.abs(here - there), 99) <= 8
+        generated_pixels = np.asarray(Image.open(buffer), dtype=np.int16)
+        difference = np.abs(generated_pixels - decoded(split, coco["images"][index]))
+        # JPEG libraries and vector units round differently, by a level or two; another random colour differs by dozens.
+        assert difference.mean() < 1.0
+        assert np.percentile(difference, 99) <= 8
 
 
-def test_a_seed_gives_the_same_bytes_again_and_another_seed_gives_others(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(tmp_path: Path) -> None:
     contents = []
     for name, seed in (("first", "3"), ("again", "3"), ("other", "4")):
         folder = tmp_path / name
@@ -177,22 +177,22 @@ def test_the_set_is_valid_coco(split: Split, committed: dict[Split, Coco], capsy
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_picture_exists_with_the_stated_size_and_none_is_left_over(
+def test_every_image_exists_with_the_stated_size_and_there_are_no_other_files(
     split: Split, committed: dict[Split, Coco]
 ) -> None:
     folder = SHAPES / "images" / split
     images = committed[split]["images"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(image["file_name"] for image in images)
     for image in images:
-        with Image.open(folder / image["file_name"]) as picture:
-            assert picture.format == "JPEG"
-            assert picture.mode == "RGB"
-            assert picture.size == (image["width"], image["height"])
+        with Image.open(folder / image["file_name"]) as file:
+            assert file.format == "JPEG"
+            assert file.mode == "RGB"
+            assert file.size == (image["width"], image["height"])
     assert any(image["width"] > image["height"] for image in images)
     assert any(image["width"] < image["height"] for image in images)
 
 
-def test_no_id_is_shared_by_the_splits_and_category_ids_have_gaps(committed: dict[Split, Coco]) -> None:
+def test_the_splits_share_no_ids_and_category_ids_have_gaps(committed: dict[Split, Coco]) -> None:
     for table in ("images", "annotations"):
         train, val = ({record["id"] for record in committed[split][table]} for split in SPLITS)
         assert not train & val
@@ -202,7 +202,7 @@ def test_no_id_is_shared_by_the_splits_and_category_ids_have_gaps(committed: dic
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_crowds_have_a_mask_that_agrees_with_their_box_and_area(split: Split, committed: dict[Split, Coco]) -> None:
+def test_masks_of_crowds_agree_with_their_boxes_and_areas(split: Split, committed: dict[Split, Coco]) -> None:
     api_images = {image["id"]: image for image in committed[split]["images"]}
     crowds = [record for record in committed[split]["annotations"] if record["iscrowd"]]
     assert len(crowds) == PLANS[split].crowds >= 2
@@ -216,7 +216,7 @@ def test_crowds_have_a_mask_that_agrees_with_their_box_and_area(split: Split, co
 
 
 @pytest.mark.parametrize(("split", "fewest"), [("train", 45), ("val", 12)])
-def test_classes_form_a_long_tail_with_enough_of_the_rarest(
+def test_classes_form_a_long_tail_with_enough_objects_of_the_rarest(
     split: Split, fewest: int, committed: dict[Split, Coco]
 ) -> None:
     counts = class_counts(committed[split])
@@ -226,7 +226,7 @@ def test_classes_form_a_long_tail_with_enough_of_the_rarest(
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_some_images_are_empty_and_most_objects_are_middling(split: Split, committed: dict[Split, Coco]) -> None:
+def test_some_images_are_empty_and_most_objects_are_of_medium_size(split: Split, committed: dict[Split, Coco]) -> None:
     coco = committed[split]
     used = {record["image_id"] for record in coco["annotations"]}
     empty = [image for image in coco["images"] if image["id"] not in used]
@@ -241,7 +241,7 @@ def test_the_set_takes_at_most_four_megabytes() -> None:
     assert sum(path.stat().st_size for path in SHAPES.rglob("*") if path.is_file()) <= 4_000_000
 
 
-def test_val_shows_no_texture_or_colour_of_train(committed: dict[Split, Coco]) -> None:
+def test_val_has_no_texture_or_colour_of_train(committed: dict[Split, Coco]) -> None:
     seen = {split: {name for image in committed[split]["images"] for name in image["textures"]} for split in SPLITS}
     for split in SPLITS:
         assert seen[split] == set(PLANS[split].textures)
@@ -250,13 +250,13 @@ def test_val_shows_no_texture_or_colour_of_train(committed: dict[Split, Coco]) -
 
 
 def trivial_features(split: Split, coco: Coco) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """What needs no look at the shape: mean RGB of the crop, log width, height and aspect (N, 6); class index (N,)."""
-    pictures = {image["id"]: decoded(split, image) for image in coco["images"]}
+    """Features without the shape: mean RGB of the crop, log width, height and aspect ratio (N, 6); class index (N,)."""
+    images = {image["id"]: decoded(split, image) for image in coco["images"]}
     index = {category["id"]: i for i, category in enumerate(coco["categories"])}
     rows = []
     for record in ordinary(coco):
         x, y, w, h = record["bbox"]
-        color = pictures[record["image_id"]][y : y + h, x : x + w].mean(axis=(0, 1)) / 64
+        color = images[record["image_id"]][y : y + h, x : x + w].mean(axis=(0, 1)) / 64
         rows.append([*color, np.log(w), np.log(h), np.log(w / h)])
     return np.array(rows), np.array([index[record["category_id"]] for record in ordinary(coco)])
 
@@ -264,7 +264,7 @@ def trivial_features(split: Split, coco: Coco) -> tuple[NDArray[np.float64], NDA
 def nearest_neighbors_accuracy(
     x: NDArray[np.float64], y: NDArray[np.int64], val_x: NDArray[np.float64], val_y: NDArray[np.int64], k: int
 ) -> float:
-    """Share of val that the vote of its k nearest training examples names rightly."""
+    """Accuracy on val of the majority vote of the k nearest training examples."""
     scale = x.std(axis=0)
     distances = np.linalg.norm((val_x / scale)[:, None] - (x / scale)[None], axis=2)
     votes = np.eye(len(CATEGORY_IDS))[y[np.argpartition(distances, k, axis=1)[:, :k]]].sum(axis=1)
@@ -274,7 +274,7 @@ def nearest_neighbors_accuracy(
 def logistic_regression_accuracy(
     x: NDArray[np.float64], y: NDArray[np.int64], val_x: NDArray[np.float64], val_y: NDArray[np.int64]
 ) -> float:
-    """Share of val that multinomial logistic regression on all products of two features names rightly."""
+    """Accuracy on val of multinomial logistic regression on all products of two features."""
     pairs = np.triu_indices(x.shape[1] + 1)
     mean, std = x.mean(axis=0), x.std(axis=0)
 
@@ -291,7 +291,7 @@ def logistic_regression_accuracy(
     return float(np.mean((expand(val_x) @ weights).argmax(axis=1) == val_y))
 
 
-def test_colour_and_box_size_do_not_tell_the_class(committed: dict[Split, Coco]) -> None:
+def test_colour_and_box_size_do_not_reveal_the_class(committed: dict[Split, Coco]) -> None:
     x, y = trivial_features("train", committed["train"])
     val_x, val_y = trivial_features("val", committed["val"])
     accuracies = {f"{k} neighbors": nearest_neighbors_accuracy(x, y, val_x, val_y, k) for k in (1, 15, 50)}
@@ -300,7 +300,7 @@ def test_colour_and_box_size_do_not_tell_the_class(committed: dict[Split, Coco])
     print(f"always the most frequent class: {majority:.3f}", *(f"{name}: {a:.3f}" for name, a in accuracies.items()))
     assert max(accuracies.values()) < 0.40
 
-    # The same classifiers do find a leak where there is one: colours and boxes that grow with the class index.
+    # The same classifiers detect a leak if there is one: colours and box sizes that grow with the class index.
     leak, val_leak = x.copy(), val_x.copy()
     leak[:, :5] += y[:, None]
     val_leak[:, :5] += val_y[:, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,11 +12,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from detector.atomic import read_json
 from detector.config_yaml import load_config
 from detector.datasets.loader import _end_workers as end_workers
 from detector.training.train import train
 from tests.tiny import REPO, TinyData, images_of, write_coco, write_config, write_tiny_data
+from tools import analyze_loss as analyze_loss_tool
 from tools import eval as eval_tool
+from tools import plot as plot_tool
 from tools import predict as predict_tool
 from tools import train as train_tool
 
@@ -40,7 +42,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     folder = tmp_path_factory.mktemp("tools")
     data = write_tiny_data(folder)
     test = {"images": str(images_of(data.train)), "annotations": str(data.train)}
-    # A low threshold, so that a model that has hardly learnt anything yet finds something to compare.
+    # A low threshold, so that a model that has hardly learned anything yet finds something to compare.
     settings = {"postprocess__score_thresh": 0.001, "data__test": test, "train__epochs": 1, "eval__batch_size": 1}
     config = write_config(folder / "tiny.yaml", data, **settings)
     with pytest.MonkeyPatch.context() as patch:
@@ -50,14 +52,14 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
 
 
 def read(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def score(setup: Setup, out: Path, *more: str) -> int:
     return eval_tool.main(["--config", str(setup.config), "--output-dir", str(out), *more])
 
 
-def test_a_checkpoint_scores_what_its_run_said_it_scores(
+def test_a_checkpoint_scores_what_its_run_reported(
     setup: Setup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert score(setup, tmp_path, "--checkpoint", str(setup.checkpoint)) == 0
@@ -87,11 +89,11 @@ def test_an_empty_results_file_scores_zero(setup: Setup, tmp_path: Path) -> None
 def test_a_checkpoint_that_moved_needs_nothing_beside_it(setup: Setup, tmp_path: Path) -> None:
     alone = tmp_path / "alone.pt"
     alone.write_bytes(setup.checkpoint.read_bytes())
-    picture = next(images_of(setup.data.val).glob("*.png"))
-    argv = ["--checkpoint", str(alone), str(picture), "--output-dir", str(tmp_path / "out")]
+    image = next(images_of(setup.data.val).glob("*.png"))
+    argv = ["--checkpoint", str(alone), str(image), "--output-dir", str(tmp_path / "out")]
     assert predict_tool.main(argv) == 0
     assert (tmp_path / "out" / "detections.json").exists()
-    assert (tmp_path / "out" / f"{picture.stem}.jpg").exists()
+    assert (tmp_path / "out" / f"{image.stem}.jpg").exists()
 
 
 def other_classes(folder: Path) -> Path:
@@ -99,7 +101,7 @@ def other_classes(folder: Path) -> Path:
 
 
 def mistakes(setup: Setup, folder: Path) -> dict[str, tuple[Any, list[str], list[str]]]:
-    """Tool, arguments, and what its error must say."""
+    """Tool, arguments, and the parts of its error message."""
     config, checkpoint, out = str(setup.config), str(setup.checkpoint), str(folder / "out")
     damaged, foreign, results = folder / "damaged.pt", folder / "foreign.pt", folder / "results.json"
     damaged.write_bytes(setup.checkpoint.read_bytes()[:5000])
@@ -119,13 +121,15 @@ def mistakes(setup: Setup, folder: Path) -> dict[str, tuple[Any, list[str], list
         "override malformed": (t, ["--config", config, *here, "train.epochs"], ["override must be key=value"]),
         "value wrong": (t, ["--config", config, *here, "train.epochs=0"], ["train.epochs", "command line"]),
         "annotations missing": (t, ["--config", config, *here, "data.train.annotations=no.json"], ["no.json"]),
-        "images missing": (t, ["--config", config, *here, "data.train.images=nodir"], ["nodir", "no such image folder"]),
+        "images missing": (t, ["--config", config, *here, "data.train.images=nodir"], ["nodir",
+        "no such image folder"]),
         "val has other classes": (
             t,
             ["--config", config, *here, f"data.val.annotations={other}", f"data.val.images={images_of(other)}"],
             ["disk", "disc"],
         ),
-        "run exists": (t, ["--config", config, "--output-dir", str(setup.run)], ["already holds a run", "--resume auto"]),
+        "run exists": (t, ["--config", config, "--output-dir", str(setup.run)], ["already holds a run",
+        "--resume auto"]),
         "init-from missing": (t, ["--config", config, *here, "--init-from", "no.pt"], ["no.pt does not exist"]),
         "init-from odd": (t, ["--config", config, *here, "--init-from", "my #2: x.pt"], ["my #2: x.pt does not exist"]),
         "resume missing": (t, ["--config", config, *here, "--resume", "no.pt"], ["no.pt does not exist"]),
@@ -135,7 +139,8 @@ def mistakes(setup: Setup, folder: Path) -> dict[str, tuple[Any, list[str], list
             ["must be a folder to write in"],
         ),
         "scores into a file": (
-            e, ["--config", config, "--checkpoint", checkpoint, "--output-dir", str(damaged)], ["must be a folder to write in"],
+            e, ["--config", config, "--checkpoint", checkpoint, "--output-dir", str(damaged)],
+            ["must be a folder to write in"],
         ),
         "weights missing": (t, ["--config", config, *here, "model.backbone_weights=no.pth"], ["no.pth"]),
         "checkpoint missing": (e, [*scored, "--checkpoint", "no.pt"], ["no.pt does not exist"]),
@@ -147,17 +152,21 @@ def mistakes(setup: Setup, folder: Path) -> dict[str, tuple[Any, list[str], list
             ["model.fpn_channels: 64 in the config, 32 in the checkpoint", "model.head.depth: 2 in the config, 1 in"],
         ),
         "split missing": (
-            e, [*scored, "--checkpoint", checkpoint, "--split", "test", "data.test=null"], ["data.test must name images"],
+            e, [*scored, "--checkpoint", checkpoint, "--split", "test", "data.test=null"],
+            ["data.test must name images"],
         ),
         "data has other classes": (
             e,
-            [*scored, "--checkpoint", checkpoint, f"data.val.annotations={other}", f"data.val.images={images_of(other)}"],
+            [*scored, "--checkpoint", checkpoint, f"data.val.annotations={other}",
+            f"data.val.images={images_of(other)}"],
             ["disk", "disc"],
         ),
         "results missing": (e, [*scored, "--detections", "no.json"], ["no.json"]),
-        "results foreign": (e, [*scored, "--detections", str(results)], ["image_id unknown", "999", "category_id unknown"]),
+        "results foreign": (e, [*scored, "--detections", str(results)], ["image_id unknown", "999",
+        "category_id unknown"]),
         "inputs missing": (p, ["--checkpoint", checkpoint, "no.jpg", *here], ["no.jpg: no file"]),
-        "predictor missing": (p, ["--checkpoint", "no.pt", str(REPO / "data/shapes/images/val"), *here], ["no.pt does not"]),
+        "predictor missing": (p, ["--checkpoint", "no.pt", str(REPO / "data/shapes/images/val"), *here],
+        ["no.pt does not"]),
         "cuda missing": (
             t, ["--config", config, *here, "train.device=cuda"], ["train.device must be cpu or auto on this machine"],
         ),
@@ -169,20 +178,21 @@ def mistakes(setup: Setup, folder: Path) -> dict[str, tuple[Any, list[str], list
     [
         "config missing", "keys unknown", "override malformed", "value wrong", "annotations missing", "images missing",
         "val has other classes", "run exists", "init-from missing", "init-from odd", "resume missing",
-        "weights missing", "checkpoint missing", "checkpoint damaged", "checkpoint foreign", "model contradicts", "split missing",
+        "weights missing", "checkpoint missing", "checkpoint damaged", "checkpoint foreign", "model contradicts",
+        "split missing",
         "data has other classes", "results missing", "results foreign", "inputs missing", "predictor missing",
         "cuda missing", "output is a file", "predictions into a file", "scores into a file",
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_in_one_error_and_ends_with_2(
+def test_a_user_error_is_one_message_and_exit_code_2(
     which: str, setup: Setup, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    tool, argv, told = mistakes(setup, tmp_path)[which]
+    tool, argv, messages = mistakes(setup, tmp_path)[which]
     assert tool.main(argv) == 2
     error = capsys.readouterr().err
     assert error.count("error: ") == 1
-    for part in told:
+    for part in messages:
         assert part in error
     assert "Traceback" not in error
     assert not (tmp_path / "out" / "config.yaml").exists(), "what failed to start is no run"
@@ -208,8 +218,8 @@ def test_a_command_line_that_makes_no_sense_ends_with_2(
     assert "error: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("tool", [train_tool, eval_tool, predict_tool])
-def test_help_tells_the_arguments(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("tool", [train_tool, eval_tool, predict_tool, analyze_loss_tool])
+def test_help_explains_the_arguments(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         tool.main(["--help"])
     assert ended.value.code == 0
@@ -218,7 +228,7 @@ def test_help_tells_the_arguments(tool: Any, capsys: pytest.CaptureFixture[str])
     assert "usage:" in text
 
 
-def test_an_unreadable_image_found_by_a_worker_is_told_without_its_traceback(
+def test_an_unreadable_image_found_by_a_worker_is_reported_without_its_traceback(
     setup: Setup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_tiny_data(tmp_path)
@@ -274,18 +284,25 @@ def test_a_tool_runs_from_any_folder_without_the_package_installed(setup: Setup,
     assert "AP50" in done.stdout
 
 
-def test_a_run_whose_folder_holds_an_equals_sign_is_plotted_by_its_own_name(tmp_path: Path) -> None:
+def test_a_run_whose_folder_contains_an_equals_sign_is_plotted_under_its_own_name(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from tools import plot_runs
-
-    run, picture = tmp_path / "lr=0.01", tmp_path / "curves.svg"
+    run, figure = tmp_path / "lr=0.01", tmp_path / "curves.svg"
     run.mkdir()
     (run / "metrics.jsonl").write_text(
         '{"epoch": 1, "loss": 0.5}\n{"epoch": 1, "split": "val", "AP": 0.1, "AP50": 0.2}\n'
     )
-    for text, label in ((str(run), "lr=0.01"), (f"mine={run}", "mine")):
-        assert plot_runs.main([text, "--output", str(picture)]) == 0
-        assert f"<!-- {label}: AP -->" in picture.read_text()
+    for text, label in ((str(run), "lr=0.01"), (f"baseline={run}", "baseline")):
+        assert plot_tool.main(["runs", text, "--output", str(figure)]) == 0
+        assert f"<!-- {label}: AP -->" in figure.read_text()
+    assert plot_tool.main(["runs", str(tmp_path), "--output", str(figure)]) == 2
+
+
+@pytest.mark.parametrize("command", ["losses", "runs"])
+def test_help_of_the_plot_commands_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        plot_tool.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"python tools/plot.py {command}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A detector small enough to train in seconds, pictures to train it on, and processes of its own to train it in."""
+"""A detector small enough to train in seconds, images to train it on, and processes of its own to train it in."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, ResNet
+from torch import Tensor
 
 from detector.checkpoint import TrainState, load_checkpoint
 from detector.config import Config
 from detector.config_yaml import load_config
-from detector.models import backbone
+from detector.models.resnet import ARCHITECTURES, Architecture
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -39,7 +38,7 @@ TIMING = ("images_per_s", "data_wait", "memory_gb")
 
 
 class TinyData(NamedTuple):
-    """Annotation files, each beside its folder of pictures."""
+    """Annotation files, each beside its folder of images."""
 
     train: Path
     val: Path
@@ -55,7 +54,7 @@ def write_coco(
     sizes: Sequence[tuple[int, int]] = ((96, 128), (128, 96), (100, 100)),
     suffix: str = ".png",
 ) -> Path:
-    """Pictures of coloured rectangles on noise, and their COCO file; up to `objects` in each. Pictures lie in the
+    """Images of coloured rectangles on noise, and their COCO file; up to `objects` in each. Images lie in the
     folder named like the file. Image ids are 10, 20, 30, ...
     """
     rng = np.random.default_rng(seed)
@@ -65,17 +64,17 @@ def write_coco(
     records: list[dict[str, Any]] = []
     for i in range(num_images):
         height, width = sizes[i % len(sizes)]
-        picture = rng.integers(90, 150, (height, width, 3), dtype=np.uint8)
+        image = rng.integers(90, 150, (height, width, 3), dtype=np.uint8)
         image_id = 10 * (i + 1)
         for _ in range(int(rng.integers(min(1, objects), objects + 1))):
             name = str(rng.choice(list(classes)))
             w, h = (int(side) for side in rng.integers(28, 60, 2))
             x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
-            picture[y : y + h, x : x + w] = COLOURS.get(name, (240, 240, 40))
+            image[y : y + h, x : x + w] = COLOURS.get(name, (240, 240, 40))
             box = {"image_id": image_id, "category_id": classes[name], "bbox": [x, y, w, h], "area": w * h}
             records.append({"id": len(records) + 1, "iscrowd": 0, **box})
         file_name = f"{image_id:04d}{suffix}"
-        Image.fromarray(picture).save(folder / file_name)
+        Image.fromarray(image).save(folder / file_name)
         images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
     categories = [{"id": i, "name": name} for name, i in classes.items()]
     annotations.write_text(json.dumps({"images": images, "annotations": records, "categories": categories}))
@@ -83,12 +82,12 @@ def write_coco(
 
 
 def images_of(annotations: Path) -> Path:
-    """The folder that `write_coco` puts the pictures in."""
+    """The folder that `write_coco` puts the images in."""
     return annotations.with_suffix("")
 
 
 def write_tiny_data(folder: Path) -> TinyData:
-    """11 pictures to train on (three steps of four, the last of three) and 5 to evaluate on."""
+    """11 images to train on (three steps of four, the last of three) and 5 to evaluate on."""
     return TinyData(write_coco(folder / "train.json", 11, seed=1), write_coco(folder / "val.json", 5, seed=2))
 
 
@@ -125,19 +124,20 @@ def tiny_config(folder: Path, data: TinyData, **settings: Any) -> Config:
     return load_config(write_config(folder / "tiny.yaml", data, **settings))
 
 
-whole_resnet = backbone._torchvision_resnet
-
-
-def short_resnet(name: str, norm: Callable[[int], nn.Module]) -> Any:
-    """In place of `backbone._torchvision_resnet`: ResNet-18 with one block in each layer, which halves the time of a tiny run."""
-    if name != "resnet18":
-        return whole_resnet(name, norm)
-    return ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm)
+WHOLE = ARCHITECTURES["resnet18"]
+SHORT = Architecture(bottleneck=False, blocks=(1, 1, 1, 1))
+"""ResNet-18 with one block in each layer, which halves the time of a tiny run."""
 
 
 # ---- processes --------------------------------------------------------------------------------------------------
 
 _PROCESSES = multiprocessing.get_context("forkserver")
+
+PRELOADED = [
+    "tools.train", "tools.eval", "detector.training.train", "detector.evaluation.score", "hotcoco", "torchvision",
+    "torch.utils.tensorboard", "torch._dynamo",
+]  # fmt: skip
+"""What takes long to import, loaded once by the server that test processes are forked from."""
 
 
 def start_tool(tool: str, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> ForkServerProcess:
@@ -153,11 +153,11 @@ def start_process(
     target: Callable[..., None], arguments: tuple[Any, ...], log: Path, env: Mapping[str, str] | None = None
 ) -> ForkServerProcess:
     """A function of a module as a process of its own, with one thread, writing to `log`."""
-    _PROCESSES.set_forkserver_preload(["tools.train", "tools.eval", "hotcoco", "tensorboard"])
+    _PROCESSES.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPO))
         forkserver.ensure_running()
-    short = backbone._torchvision_resnet is short_resnet
+    short = ARCHITECTURES["resnet18"] is SHORT
     process = _PROCESSES.Process(target=_as_process, args=(target, arguments, log, dict(env or {}), short))
     process.start()
     return process
@@ -168,7 +168,7 @@ def _as_process(
 ) -> None:
     os.environ.update(env)
     if short:
-        backbone._torchvision_resnet = short_resnet
+        ARCHITECTURES["resnet18"] = SHORT
     torch.set_num_threads(1)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
@@ -218,7 +218,7 @@ def ranks(world_size: int) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-# ---- looking at runs --------------------------------------------------------------------------------------------
+# ---- reading runs --------------------------------------------------------------------------------------------
 
 
 def last_checkpoint(run: Path) -> TrainState:

@@ -1,11 +1,5 @@
 #!/usr/bin/env python
-"""Compare finished runs: is one recipe better than another, or was it luck?
-
-python tools/compare.py runs/paper/shapes                      (everything below: ce/seed0, ce/seed1, focal/seed0, ...)
-python tools/compare.py runs/ce/seed* runs/focal/seed* --baseline ce --detect
-
-Runs are grouped by parent folder and paired by their own name (seed0, seed0_fold1).
-"""
+"""Compare finished runs and test whether their differences in AP are significant."""
 
 from __future__ import annotations
 
@@ -15,30 +9,47 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detector.atomic import write_json
+from detector.atomic import write_json, write_text
 from detector.cli import command
-from detector.experiments.compare import REPLICATES, compare, detect, figure, find_runs, group_runs, is_finished
+
+EXAMPLES = """\
+examples:
+  python tools/compare.py runs/paper/shapes       (all runs in it: ce/seed0, ce/seed1, focal/seed0, ...)
+  python tools/compare.py runs/ce/seed* runs/focal/seed* --baseline ce --detect --markdown table.md
+
+Runs are grouped by parent folder and paired by their own names (seed0, seed0_fold1).
+"""
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Parse, detect where asked to, compare, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="a run, or a folder with runs in it")
-    parser.add_argument("--baseline", metavar="NAME", help="compare with this group (default: with the best)")
-    parser.add_argument("--classes", default="", metavar="A,B", help="columns with the AP of these classes")
-    parser.add_argument("--detect", action="store_true", help="make detections.json where it is missing")
-    parser.add_argument("--replicates", type=int, default=REPLICATES, help="of the bootstrap over images; 0: none")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="everything, unrounded")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the table and the verdict")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help=".svg or .png; needs matplotlib")
+    """Compare runs; print and write the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="FOLDER", help="output folder of a run, or a folder that contains runs")
+    add("--baseline", metavar="NAME", help="group to compare with (default: the best)")
+    add("--classes", default="", metavar="A,B", help="classes whose AP gets a column (default: none)")
+    add("--detect", action="store_true", help="write missing detections.json, which the bootstrap needs (default: no)")
+    add(
+        "--replicates", type=int, metavar="N",
+        help="number of bootstrap samples of the images; 0 for none (default: 500)",
+    )  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write all numbers, unrounded (default: none)")
+    add("--markdown", type=Path, metavar="FILE", help="write the table and the verdict (default: none)")
+    add("--figure", type=Path, metavar="FILE", help="write a .svg or .png figure; needs matplotlib (default: none)")
     arguments = parser.parse_args(argv)
+    # Imported only now, because loading torch takes seconds that a mistake above should not cost.
+    from detector.experiments.compare import compare, write_figure
+    from detector.experiments.finished_runs import REPLICATES, find_runs, group_runs, is_finished, write_detections
+
     runs = find_runs(arguments.runs)
     if arguments.detect:
         for run in runs:
             if not (run / "detections.json").exists() and is_finished(run):
-                detect(run)
-    arms, notes = group_runs(runs, replicates=arguments.replicates)
+                write_detections(run)
+    arms, notes = group_runs(runs, replicates=REPLICATES if arguments.replicates is None else arguments.replicates)
     comparison = compare(arms, baseline=arguments.baseline)
     classes = [name for name in arguments.classes.split(",") if name]
     for line in notes:
@@ -47,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json is not None:
         write_json(comparison.to_json(), arguments.json)
     if arguments.markdown is not None:
-        arguments.markdown.write_text(comparison.markdown(classes))
+        write_text(comparison.markdown(classes), arguments.markdown)
     if arguments.figure is not None:
-        figure(comparison, arguments.figure)
+        write_figure(comparison, arguments.figure)
     return 0
 
 

@@ -1,8 +1,5 @@
 #!/usr/bin/env python
-"""Find objects in pictures: python tools/predict.py --checkpoint P INPUT... --output-dir D.
-
-An INPUT is a file, a folder or a glob. D gets every picture with its objects drawn, and detections.json.
-"""
+"""Detect objects in images: draw them, and write detections.json."""
 
 from __future__ import annotations
 
@@ -12,30 +9,56 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.progress import track
-
 from detector.atomic import make_folder
-from detector.cli import command
-from detector.distributed import pick_device
-from detector.inference.predictor import find_pictures, load_predictor, predict_files, result_records, write_records
-from detector.reports.draw import draw_detections
+from detector.cli import command, require_checkpoint
+from detector.inference.image_files import find_images
+
+EXAMPLES = """\
+Writes each image with its detections drawn (STEM.jpg), and detections.json (COCO results format with file_name;
+image_id counts the inputs). A checkpoint needs no config. EMA weights are used where there are any.
+
+examples:
+  python tools/predict.py --checkpoint runs/quickstart/checkpoints/best.pt data/shapes/images/val --output-dir out
+  python tools/predict.py --checkpoint best.pt 'scans/**/*.png' extra.tif --output-dir out --score-thresh 0.5
+"""
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     """Parse, predict, draw, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT")
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--score-thresh", type=float, default=0.3, help="weakest score kept (default: %(default)s)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    arguments = parser.parse_args(argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="image file, folder (searched recursively) or glob (required)"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="P.pt",
+        help="checkpoint to use, or a RetinaNet of torchvision, detectron2 or mmdetection (required)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output-dir", type=Path, required=True, metavar="DIR", help="folder for the results (required)"
+    )
+    parser.add_argument(
+        "--score-thresh", type=float, default=0.3, metavar="S",
+        help="minimum score of a detection, 0 to 1 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+        help="where to run; auto: a CUDA device, else MPS, else the CPU (default: %(default)s)",
+    )  # fmt: skip
+    arguments = parser.parse_intermixed_args(argv)
     if not 0 <= arguments.score_thresh <= 1:
         parser.error(f"--score-thresh must be within 0 and 1, got {arguments.score_thresh}")
-    paths = find_pictures(arguments.inputs, output_dir=arguments.output_dir)
-    device = pick_device(arguments.device)
-    predictor = load_predictor(arguments.checkpoint, device=device, score_thresh=arguments.score_thresh)
+    require_checkpoint(arguments.checkpoint)
+    paths = find_images(arguments.inputs, output_dir=arguments.output_dir)
+    # Imported only now, because loading torch takes seconds that a mistake above should not cost.
+    from rich.progress import track
+
+    from detector.inference.predictor import load_predictor, predict_files, result_records, write_records
+    from detector.reports.draw import draw_detections
+
+    predictor = load_predictor(arguments.checkpoint, device=arguments.device, score_thresh=arguments.score_thresh)
     print("\n".join(predictor.origin), end="\n" * bool(predictor.origin), file=sys.stderr)
     make_folder(arguments.output_dir)
     records, unreadable, used = [], [], set()
@@ -46,18 +69,18 @@ def main(argv: list[str] | None = None) -> int:
         detections = prediction.detections
         records += result_records(image_id, str(prediction.path), detections, predictor.categories)
         stem = prediction.path.stem
-        while stem in used:  # another folder's file of the same name
+        while stem in used:  # a file of the same name in another folder
             stem += f"_{image_id}"
         used.add(stem)
         drawn = draw_detections(prediction.image, detections, predictor.categories.names)
         drawn.save(arguments.output_dir / f"{stem}.jpg", quality=92)
     write_records(records, arguments.output_dir / "detections.json")
     print(
-        f"{len(records)} objects of score {arguments.score_thresh:g} or more in {len(paths) - len(unreadable)} pictures; "
-        f"drawn pictures and detections.json are in {arguments.output_dir}"
+        f"{len(records)} detections with a score of at least {arguments.score_thresh:g} in "
+        f"{len(paths) - len(unreadable)} images; drawn images and detections.json are in {arguments.output_dir}"
     )
     if unreadable:
-        print("\n".join([f"error: {len(unreadable)} inputs could not be read:", *unreadable]), file=sys.stderr)
+        print("\n".join([f"error: {len(unreadable)} inputs are unreadable:", *unreadable]), file=sys.stderr)
         return 2
     return 0
 

@@ -1,11 +1,14 @@
-"""Make `data/shapes`: a small, seeded detection dataset in COCO format whose classes differ by shape alone.
+"""Generate the shapes dataset: small synthetic images in COCO format whose classes differ by shape alone.
 
-    python data/shapes/make.py                                   # writes data/shapes, the committed set (seed 0)
-    python data/shapes/make.py --output-dir /tmp/s --seed 7 --preview /tmp/s.png
+examples:
+  python data/shapes/make.py
+  python data/shapes/make.py --output-dir /tmp/shapes --seed 7 --preview /tmp/shapes.png
 
-Two random streams per image keep the labels exact: `compose` decides geometry and is all that the annotations depend
-on; `paint` decides colours and light, where another OpenCV or libjpeg may round a pixel differently.
+The first command reproduces the committed dataset (seed 0).
 """
+
+# Each image has two random streams: `compose` draws the geometry, on which alone the annotations depend; `paint` draws
+# colours and light, whose pixels another version of OpenCV or libjpeg may round differently.
 
 import argparse
 import itertools
@@ -26,7 +29,7 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Contours = list[NDArray[np.float64]]
 
-# Ids have gaps, as COCO's do, so that code which takes an id for an index fails here first.
+# Ids have gaps, as in COCO, so that code that confuses ids with indices fails here first.
 CATEGORY_IDS = {
     "disc": 1,
     "square": 2,
@@ -41,9 +44,9 @@ CATEGORY_IDS = {
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """How many of what one split holds, and which textures and colours it may use."""
+    """The counts of one split, and its textures and colours."""
 
-    code: int  # separates the splits' random streams and image ids
+    code: int  # distinguishes the splits' random streams and image ids
     images: int
     empty: int
     crowds: int
@@ -90,17 +93,17 @@ IMAGE_SIZES = (
     (256, 224),
     (240, 240),
 )
-MIN_VISIBLE = 0.4  # of the whole shape's area; a smaller rest may be impossible to name
-MIN_VISIBLE_TINY = 0.75  # for shapes under TINY pixels, whose corners are all they have
+MIN_VISIBLE = 0.4  # share of the whole shape's area; a smaller visible part may be impossible to classify
+MIN_VISIBLE_TINY = 0.75  # for shapes under TINY pixels, which are recognized by their corners alone
 TINY = 22
-MIN_INSIDE = 0.7  # of the shape's area, at the image's border
+MIN_INSIDE = 0.7  # share of the shape's area inside the image
 SUPERSAMPLE = 4
 JPEG_QUALITY = 77
 
 
 @dataclass(frozen=True)
 class Item:
-    """One shape to paint: its coverage (h, w) in 0..255, the image position of its first pixel, its texture."""
+    """One shape to paint: its coverage (h, w) in 0..255, the image position of its first pixel, and its texture."""
 
     coverage: Bytes
     x: int
@@ -111,7 +114,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Instance:
-    """One annotation-to-be."""
+    """One annotated object or crowd."""
 
     category: str
     is_crowd: bool
@@ -119,9 +122,9 @@ class Instance:
 
 @dataclass
 class Scene:
-    """Everything but colour: what is where, back to front.
+    """Everything about an image but its colours; items are ordered back to front.
 
-    `owner` (height, width) holds the index of the item seen at each pixel, -1 for background.
+    `owner` (height, width) is the index of the visible item at each pixel, -1 for background.
     """
 
     width: int
@@ -134,37 +137,37 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Hand:
-    """What `deal` gives to one image: its classes, and the class of its crowd if it has one."""
+class Content:
+    """The classes of one image's objects, and the class of its crowd if it has one."""
 
     categories: tuple[str, ...]
     crowd: str | None
 
 
-def deal(seed: int, split: Split) -> list[Hand]:
-    """Share a split's exact class counts among its images, so that the long tail does not depend on luck."""
+def distribute(seed: int, split: Split) -> list[Content]:
+    """Distribute a split's objects over its images, so that the class counts are exact for every seed."""
     plan = PLANS[split]
     rng = np.random.default_rng([seed, plan.code])
-    deck = [name for name, count in plan.instances.items() for _ in range(count)]
-    cards = iter([deck[i] for i in rng.permutation(len(deck))])
+    objects = [name for name, count in plan.instances.items() for _ in range(count)]
+    shuffled = iter([objects[i] for i in rng.permutation(len(objects))])
     order = rng.permutation(plan.images)
     filled = plan.images - plan.empty
-    extra = rng.multinomial(len(deck) - 3 * filled, np.full(filled, 1 / filled))
-    hands = [Hand((), None)] * plan.images
+    extra = rng.multinomial(len(objects) - 3 * filled, np.full(filled, 1 / filled))
+    contents = [Content((), None)] * plan.images
     for rank, index in enumerate(order[plan.empty :]):
         crowd = str(rng.choice(list(CATEGORY_IDS))) if rank < plan.crowds else None
-        hands[index] = Hand(tuple(itertools.islice(cards, 3 + int(extra[rank]))), crowd)
-    return hands
+        contents[index] = Content(tuple(itertools.islice(shuffled, 3 + int(extra[rank]))), crowd)
+    return contents
 
 
 def arc(radius: float = 1.0, x: float = 0.0, start: float = 0.0, stop: float = 2 * np.pi) -> NDArray[np.float64]:
-    """Points (96, 2) of a circle around (x, 0) from angle `start` to before `stop`, in radians."""
+    """Return points (96, 2) of a circle around (x, 0) from angle `start` up to `stop` (exclusive), in radians."""
     t = np.linspace(start, stop, 96, endpoint=False)
     return np.stack([x + radius * np.cos(t), radius * np.sin(t)], axis=1)
 
 
 def outline(rng: np.random.Generator, category: str) -> Contours:
-    """Contours [(N, 2)] of a class's shape, y downwards, any scale; where two contours nest, the inner is a hole."""
+    """Return the contours [(N, 2)] of a class's shape, y downwards, at any scale; an inner contour is a hole."""
     if category == "disc":
         return [arc()]
     if category == "ring":
@@ -187,7 +190,7 @@ def outline(rng: np.random.Generator, category: str) -> Contours:
         y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
         return [np.stack([16 * np.sin(t) ** 3, -y], axis=1)]
     if category == "crescent":
-        # The unit circle less a circle of radius r around (d, 0); they meet at x = c.
+        # The unit circle minus a circle of radius r around (d, 0); they intersect at x = c.
         r, d = rng.uniform(0.8, 0.9), rng.uniform(0.4, 0.5)
         c = (1 + d * d - r * r) / (2 * d)
         outer, inner = float(np.arccos(c)), float(np.arctan2(np.sqrt(1 - c * c), c - d))
@@ -197,9 +200,9 @@ def outline(rng: np.random.Generator, category: str) -> Contours:
 
 
 def rasterize(rng: np.random.Generator, category: str, width: int, height: int) -> Bytes:
-    """Coverage (height, width) in 0..255 of a mildly rotated shape that fills exactly this box.
+    """Return the coverage (height, width) in 0..255 of a slightly rotated shape that exactly fills the box.
 
-    The box is given first and the rotated shape stretched into it: so neither size nor aspect tells the class.
+    The rotated shape is stretched to a box drawn before, so neither size nor aspect ratio reveals the class.
     """
     angle = np.deg2rad(rng.uniform(-22, 22))
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
@@ -207,7 +210,7 @@ def rasterize(rng: np.random.Generator, category: str, width: int, height: int) 
     low, high = contours[0].min(axis=0), contours[0].max(axis=0)
     rows, columns = height * SUPERSAMPLE, width * SUPERSAMPLE
     centers = np.arange(rows) + 0.5
-    # Even-odd scan lines in numpy, since the pixels of OpenCV's and Pillow's polygons change with their versions.
+    # Even-odd scan lines in numpy, since polygons of OpenCV and Pillow differ between versions.
     crossings = np.zeros((rows, columns + 1), dtype=np.int64)
     for points in contours:
         start = (points - low) * [columns, rows] / (high - low)
@@ -222,7 +225,7 @@ def rasterize(rng: np.random.Generator, category: str, width: int, height: int) 
 
 
 def window(item: Item, width: int, height: int) -> tuple[tuple[slice, slice], Bytes]:
-    """The image pixels an item reaches, and its coverage there (its own array cut at the image's border)."""
+    """Return the image region of an item, and its coverage there (its array cropped at the image's border)."""
     x0, y0 = max(item.x, 0), max(item.y, 0)
     h, w = item.coverage.shape
     x1, y1 = min(item.x + w, width), min(item.y + h, height)
@@ -230,12 +233,12 @@ def window(item: Item, width: int, height: int) -> tuple[tuple[slice, slice], By
 
 
 def solid_area(item: Item) -> int:
-    """Pixels of the whole shape, hidden or not."""
+    """Return the number of pixels of the whole shape, hidden or not."""
     return int((item.coverage >= 128).sum())
 
 
 def fits(scene: Scene, item: Item, may_overlap: bool) -> bool:
-    """Whether `item` may go on top: inside enough, hiding no other too much, and away from crowds."""
+    """Return whether `item` may be put on top: inside the image, not hiding others too much, and not on a crowd."""
     at, coverage = window(item, scene.width, scene.height)
     solid = coverage >= 128
     area = int(solid.sum())
@@ -253,7 +256,7 @@ def fits(scene: Scene, item: Item, may_overlap: bool) -> bool:
         left = int((scene.owner == index).sum()) - count
         if left < (MIN_VISIBLE_TINY if min(other.coverage.shape) < TINY else MIN_VISIBLE) * whole:
             return False
-        if count > 0.8 * area and area > 0.15 * whole:  # a shape amid another reads as a ring
+        if count > 0.8 * area and area > 0.15 * whole:  # a shape inside another looks like a ring
             return False
         if not may_overlap and count > 0.02 * area:
             return False
@@ -281,14 +284,14 @@ def add_crowd(scene: Scene, rng: np.random.Generator, category: str, textures: t
 
 
 def draw_side(rng: np.random.Generator, longest: float) -> float:
-    """The geometric mean of a box's sides in pixels: mostly 22 to 64, with tails to 11 and to `longest`."""
+    """Draw the geometric mean of a box's sides in pixels: mostly 22 to 64, with tails to 11 and to `longest`."""
     kind = rng.random()
     low, high = (11.0, 22.0) if kind < 0.12 else (22.0, 64.0) if kind < 0.82 else (64.0, longest)
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
-def compose(seed: int, split: Split, index: int, hand: Hand) -> Scene:
-    """Lay out one image: its size, and where each shape of its hand goes."""
+def compose(seed: int, split: Split, index: int, content: Content) -> Scene:
+    """Lay out one image: its size, and the position of each shape of its content."""
     plan = PLANS[split]
     rng = np.random.default_rng([seed, plan.code, index, 0])
     width, height = IMAGE_SIZES[int(rng.integers(len(IMAGE_SIZES)))]
@@ -296,23 +299,24 @@ def compose(seed: int, split: Split, index: int, hand: Hand) -> Scene:
         width=width,
         height=height,
         background=str(rng.choice(plan.textures)),
-        clutter=int(rng.integers(3, 9)) if rng.random() < (0.3 if hand.categories else 0.6) else 0,
+        clutter=int(rng.integers(3, 9)) if rng.random() < (0.3 if content.categories else 0.6) else 0,
         owner=np.full((height, width), -1, dtype=np.int32),
     )
-    if hand.crowd:
-        add_crowd(scene, rng, hand.crowd, plan.textures)
-    sides = [draw_side(rng, 0.58 * min(width, height)) for _ in hand.categories]
-    # Larger shapes lie further back, roughly: the other way round they would bury the small ones.
+    if content.crowd:
+        add_crowd(scene, rng, content.crowd, plan.textures)
+    sides = [draw_side(rng, 0.58 * min(width, height)) for _ in content.categories]
+    # Larger shapes are roughly further back: otherwise they would hide the small ones.
     sides.sort(key=lambda side: -side * rng.uniform(0.6, 1.6))
-    for category, side in zip(hand.categories, sides, strict=True):
+    for category, side in zip(content.categories, sides, strict=True):
         place(scene, rng, category, side, str(rng.choice(plan.textures)))
     return scene
 
 
 def place(scene: Scene, rng: np.random.Generator, category: str, side: float, texture: str) -> None:
-    """Add one shape of about `side` pixels where it fits; a shape that fits nowhere is made smaller.
+    """Add one shape of about `side` pixels where it fits; shrink it until it does.
 
-    Raises RuntimeError when even a tiny one finds no room.
+    Raises:
+        RuntimeError: even a tiny shape does not fit.
     """
     scene.instances.append(Instance(category, is_crowd=False))
     while side >= 8:
@@ -320,7 +324,7 @@ def place(scene: Scene, rng: np.random.Generator, category: str, side: float, te
         w, h = max(10, round(side * stretch)), max(10, round(side / stretch))
         coverage = rasterize(rng, category, w, h)
         may_overlap = bool(rng.random() < 0.5)
-        reach = rng.choice([0.0, 0.25], p=[0.8, 0.2])  # how far over the image's border
+        reach = rng.choice([0.0, 0.25], p=[0.8, 0.2])  # how far beyond the image's border
         for _ in range(30):
             x = int(rng.integers(round(-reach * w), scene.width - w + round(reach * w) + 1))
             y = int(rng.integers(round(-reach * h), scene.height - h + round(reach * h) + 1))
@@ -333,12 +337,12 @@ def place(scene: Scene, rng: np.random.Generator, category: str, side: float, te
 
 
 def hex_color(text: str) -> Floats:
-    """RGB (3,) in 0..255 of "#rrggbb"."""
+    """Return RGB (3,) in 0..255 of "#rrggbb"."""
     return np.array(list(bytes.fromhex(text[1:])), dtype=np.float32)
 
 
 def noise(rng: np.random.Generator, shape: tuple[int, int], cell: float) -> Floats:
-    """Value noise (h, w) in about 0..1: random values every `cell` pixels, smoothly interpolated; two octaves."""
+    """Return value noise (h, w) in about 0..1: random values every `cell` pixels, interpolated; two octaves."""
     h, w = shape
     total = np.zeros(shape, dtype=np.float32)
     for weight, size in ((0.7, cell), (0.3, cell / 2)):
@@ -348,10 +352,10 @@ def noise(rng: np.random.Generator, shape: tuple[int, int], cell: float) -> Floa
 
 
 def cells(rng: np.random.Generator, shape: tuple[int, int], period: float) -> Floats:
-    """A Voronoi mosaic (h, w) in 0..1: each cell, about `period` pixels wide, has its own shade."""
+    """Return a Voronoi mosaic (h, w) in 0..1: each cell, about `period` pixels wide, has its own shade."""
     h, w = shape
     gx, gy = np.meshgrid(np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32))
-    # One center to a lattice square, so that no cell is much larger than the rest.
+    # One center per lattice square, so that no cell is much larger than the others.
     rows, columns = int(h / period) + 2, int(w / period) + 2
     centers = rng.random((rows, columns, 2)) - 0.5 + np.moveaxis(np.mgrid[:rows, :columns], 0, -1)
     nearest = np.full(shape, np.inf, dtype=np.float32)
@@ -364,12 +368,12 @@ def cells(rng: np.random.Generator, shape: tuple[int, int], period: float) -> Fl
 
 
 def wave(phase: Floats, sharpness: float = 2.5) -> Floats:
-    """A 0..1 wave of period 1 with soft edges, which alias less and cost fewer JPEG bytes than hard ones."""
+    """Return a 0..1 wave of period 1 with soft edges, which alias less and need fewer JPEG bytes than hard ones."""
     return np.asarray(0.5 + 0.5 * np.tanh(sharpness * np.sin(2 * np.pi * phase)), dtype=np.float32)
 
 
 def texture_field(rng: np.random.Generator, family: str, shape: tuple[int, int], period: float) -> Floats:
-    """A texture (h, w) in 0..1, the share of its second colour; `period` is its grain in pixels."""
+    """Return a texture (h, w) in 0..1, the share of its second colour; `period` is its grain in pixels."""
     h, w = shape
     angle = rng.uniform(0, np.pi)
     gx, gy = np.meshgrid(np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32))
@@ -410,14 +414,14 @@ def texture_field(rng: np.random.Generator, family: str, shape: tuple[int, int],
 
 
 def shades(rng: np.random.Generator, palette: tuple[str, ...], contrast: float) -> tuple[Floats, Floats]:
-    """Two colours (3,) of one texture: a palette colour and the same, `contrast` levels lighter or darker."""
+    """Return two colours (3,) of one texture: a palette colour, and one `contrast` levels lighter or darker."""
     base = hex_color(palette[int(rng.integers(len(palette)))]) + rng.normal(0, 8, 3).astype(np.float32)
     toward = 255.0 if base.mean() < 128 else 0.0
     return base, base + (toward - base) * np.float32(contrast / 128)
 
 
 def difference(a: Floats, b: Floats) -> float:
-    """How far apart two RGB colours (3,) look, in levels: luminance counts most, as it does for an edge."""
+    """Return the visual difference of two RGB colours (3,), in levels: luminance counts most, as it does at edges."""
     luma = np.array([0.299, 0.587, 0.114], dtype=np.float32)
     delta = a - b
     light = float(delta @ luma)
@@ -427,13 +431,13 @@ def difference(a: Floats, b: Floats) -> float:
 def fill(
     rng: np.random.Generator, family: str, shape: tuple[int, int], period: float, tones: tuple[Floats, Floats]
 ) -> Floats:
-    """A texture in colour (h, w, 3)."""
+    """Return a texture in colour (h, w, 3)."""
     share = texture_field(rng, family, shape, period)[..., None]
     return np.asarray(tones[0] * (1 - share) + tones[1] * share, dtype=np.float32)
 
 
 def paint_clutter(rng: np.random.Generator, canvas: Floats, count: int, palette: tuple[str, ...]) -> None:
-    """Draw open squiggles and soft smears into `canvas` (h, w, 3): edges and colours that are no object."""
+    """Draw open lines and soft smears into `canvas` (h, w, 3): edges and colours that belong to no object."""
     h, w = canvas.shape[:2]
     for _ in range(count):
         start = rng.uniform([0, 0], [w, h])
@@ -451,7 +455,7 @@ def paint_clutter(rng: np.random.Generator, canvas: Floats, count: int, palette:
 
 
 def paint_item(rng: np.random.Generator, canvas: Floats, item: Item, palette: tuple[str, ...]) -> None:
-    """Paint one shape into `canvas` (h, w, 3), in a colour that stands out from what lies behind it."""
+    """Paint one shape into `canvas` (h, w, 3), in a colour that contrasts with its background."""
     height, width = canvas.shape[:2]
     at, coverage = window(item, width, height)
     alpha = coverage.astype(np.float32)[..., None] / 255
@@ -477,7 +481,7 @@ def paint_item(rng: np.random.Generator, canvas: Floats, item: Item, palette: tu
 
 
 def paint(seed: int, split: Split, index: int, scene: Scene) -> Bytes:
-    """Colour a scene: RGB (height, width, 3) in 0..255."""
+    """Return the image of a scene: RGB (height, width, 3) in 0..255."""
     plan = PLANS[split]
     rng = np.random.default_rng([seed, plan.code, index, 1])
     shape = (scene.height, scene.width)
@@ -497,14 +501,14 @@ def paint(seed: int, split: Split, index: int, scene: Scene) -> Bytes:
 
 
 def run_lengths(mask: NDArray[np.bool_]) -> dict[str, list[int]]:
-    """COCO's uncompressed RLE of a mask (h, w), the form its own crowd annotations have: columns, zeros first."""
+    """Return COCO's uncompressed RLE of a mask (h, w), as COCO uses it for crowds: by columns, zeros first."""
     pixels = mask.ravel(order="F")
     changes = np.flatnonzero(np.diff(pixels, prepend=False, append=not pixels[-1]))
     return {"size": list(mask.shape), "counts": np.diff(changes, prepend=0).tolist()}
 
 
 def annotate(scene: Scene, image_id: int) -> Iterator[dict[str, Any]]:
-    """COCO annotations of a scene, without ids; box and area are those of the visible pixels."""
+    """Yield the COCO annotations of a scene, without ids; box and area are those of the visible pixels."""
     for number, instance in enumerate(scene.instances):
         mask = np.isin(scene.owner, [i for i, item in enumerate(scene.items) if item.instance == number])
         ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -520,8 +524,8 @@ def annotate(scene: Scene, image_id: int) -> Iterator[dict[str, Any]]:
 
 
 def generate(seed: int, split: Split, limit: int | None = None) -> tuple[dict[str, Any], list[Scene]]:
-    """One split's COCO dictionary and its scenes, image by image; `limit` stops after the first images."""
-    scenes = [compose(seed, split, index, hand) for index, hand in enumerate(deal(seed, split)[:limit])]
+    """Return one split's COCO dictionary and the scenes of its images; `limit`: only the first images."""
+    scenes = [compose(seed, split, index, content) for index, content in enumerate(distribute(seed, split)[:limit])]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index, scene in enumerate(scenes):
@@ -549,7 +553,7 @@ def generate(seed: int, split: Split, limit: int | None = None) -> tuple[dict[st
 
 
 def to_json(coco: dict[str, Any]) -> str:
-    """Compact JSON with one record a line, so that a difference between two versions can be read."""
+    """Return compact JSON with one record per line, for readable diffs."""
     parts = []
     for key, value in coco.items():
         rows = [json.dumps(row, separators=(",", ":")) for row in (value if isinstance(value, list) else [])]
@@ -558,14 +562,14 @@ def to_json(coco: dict[str, Any]) -> str:
     return "{" + ",\n".join(parts) + "}\n"
 
 
-def contact_sheet(pictures: list[Bytes], cocos: list[dict[str, Any]], columns: int = 6) -> Image.Image:
-    """All pictures with their boxes (crowds in red) on one sheet; `cocos` list the same images in the same order."""
+def contact_sheet(images: list[Bytes], cocos: list[dict[str, Any]], columns: int = 6) -> Image.Image:
+    """Return all images with their boxes (crowds in red) on one sheet; `cocos` list the same images in this order."""
     tile = max(max(size) for size in IMAGE_SIZES)
-    sheet = Image.new("RGB", (tile * columns, tile * -(-len(pictures) // columns)), "white")
+    sheet = Image.new("RGB", (tile * columns, tile * -(-len(images) // columns)), "white")
     names = {i: name for name, i in CATEGORY_IDS.items()}
-    entries = [(image, coco["annotations"]) for coco in cocos for image in coco["images"]]
-    for number, (picture, (image, annotations)) in enumerate(zip(pictures, entries, strict=True)):
-        shown = Image.fromarray(picture)
+    records = [(record, coco["annotations"]) for coco in cocos for record in coco["images"]]
+    for number, (pixels, (image, annotations)) in enumerate(zip(images, records, strict=True)):
+        shown = Image.fromarray(pixels)
         draw = ImageDraw.Draw(shown)
         for record in (a for a in annotations if a["image_id"] == image["id"]):
             x, y, w, h = record["bbox"]
@@ -576,12 +580,23 @@ def contact_sheet(pictures: list[Bytes], cocos: list[dict[str, Any]], columns: i
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the dataset; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("data/shapes"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="write only the first images of each split")
-    parser.add_argument("--preview", type=Path, help="also write a contact sheet of 24 images a split, with boxes")
+    """Write the dataset; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("data/shapes"),
+        metavar="DIR",
+        help="folder to write (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the dataset (default: %(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="write only N images per split (default: all)")
+    parser.add_argument(
+        "--preview",
+        type=Path,
+        metavar="FILE",
+        help="also write a contact sheet of 24 images per split with boxes (default: none)",
+    )
     args = parser.parse_args(argv)
     shown: list[Bytes] = []
     shown_cocos: list[dict[str, Any]] = []
@@ -593,17 +608,17 @@ def main(argv: list[str] | None = None) -> int:
         stale = sorted({path.name for path in folder.iterdir()} - {image["file_name"] for image in coco["images"]})
         if stale:
             print(
-                f"{folder} must hold no files but this split's, got {', '.join(stale[:5])}; remove them",
+                f"error: {folder} must contain only files of this split, got {', '.join(stale[:5])}; remove them",
                 file=sys.stderr,
             )
             return 2
         for index, (scene, image) in enumerate(zip(scenes, coco["images"], strict=True)):
-            picture = paint(args.seed, split, index, scene)
+            pixels = paint(args.seed, split, index, scene)
             path = folder / image["file_name"]
-            Image.fromarray(picture).save(path, quality=JPEG_QUALITY, optimize=True)
+            Image.fromarray(pixels).save(path, quality=JPEG_QUALITY, optimize=True)
             total += path.stat().st_size
             if args.preview and index < 24:
-                shown.append(picture)
+                shown.append(pixels)
         shown_cocos.append(coco | {"images": coco["images"][:24]})
         path = args.output_dir / "annotations" / f"{split}.json"
         path.parent.mkdir(exist_ok=True)

@@ -1,86 +1,83 @@
-"""Which object, background or nothing at all each anchor stands for (Lin et al. 2017, section 4)."""
+"""Assignment by the highest IoU of each anchor (Lin et al. 2017, section 4)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from detector.assign.assignment import BACKGROUND, IGNORED, Assignment
 from detector.boxes import area, pairwise_intersection, pairwise_iou
-from detector.structures import Targets
+from detector.structures import HeadOutputs, Targets
 
-BACKGROUND = -1
-IGNORED = -2
-
-PAIRS_AT_ONCE = 4_000_000
-"""Anchor-box pairs looked at together, on a GPU 16 times as many: bounds the memory (4 bytes a pair and temporary) however
-many objects there are."""
+MAX_PAIRS = 4_000_000
+"""Anchor-box pairs per block, 16 times as many on a GPU: bounds the memory (4 bytes a pair and temporary) whatever the
+number of objects."""
 
 
-class Matches(NamedTuple):
-    """The result of matching a batch."""
-
-    matched: Tensor
-    """(B, A) int64: the object (position in Targets.boxes), or BACKGROUND, or IGNORED."""
-    num_pos: Tensor
-    """(B,) int64: positive anchors per image."""
-
-
-@torch.no_grad()
-def match_anchors(
-    anchors: Tensor,
-    targets: Targets,
-    *,
-    fg_iou_thresh: float,
-    bg_iou_thresh: float,
-    low_quality_matches: bool,
-    ignore_regions: bool = True,
-    grids: Sequence[tuple[int, int]] | None = None,
-) -> Matches:
-    """Match every anchor of every image by its best overlap. Ties go to the object listed first.
-
-    Memory does not grow with the number of objects: they are taken in blocks, or, where the grids are known on a CPU, only the
-    few anchors around each are looked at at all, with the same result to the last bit.
+@dataclass(frozen=True)
+class MaxIoUAssigner:
+    """The paper's rule: positive from `fg_iou_thresh` on, background below `bg_iou_thresh`, ignored in between.
 
     Args:
-        anchors: (A, 4).
-        targets: padded as in `Targets`; padding never matches.
-        fg_iou_thresh: positive from here on.
-        bg_iou_thresh: background below; between the two ignored.
-        low_quality_matches: anchors tied for the best overlap of some object are positive whatever that overlap is,
-            for the object they themselves overlap best (torchvision's rule). Unlike torchvision, an object that
-            overlaps no anchor at all matches none, rather than all anchors it does not touch.
-        ignore_regions: an anchor that is not positive and has at least half its area in an ignore box is ignored.
-        grids: height and width in cells of the levels that the anchors are of, if they are of any, as
-            `anchors.pyramid_grids` gives them.
+        fg_iou_thresh: IoU with an object from which an anchor is positive. Ties go to the object listed first.
+        bg_iou_thresh: IoU below which an anchor is background.
+        low_quality_matches: also make the anchors tied for the highest IoU of some object positive, whatever that IoU
+            is, for the object they themselves overlap most (torchvision's rule). Unlike in torchvision, an object that
+            overlaps no anchor at all gets none, rather than all anchors it does not touch.
+        ignore_regions: ignore anchors that are not positive and lie at least half (of their own area) in an ignore box.
     """
-    if grids is not None and anchors.device.type == "cpu" and bg_iou_thresh > 0 and not torch.compiler.is_compiling():
-        matched = _windows(anchors, targets, grids, fg_iou_thresh, bg_iou_thresh, low_quality_matches)
-    else:
-        matched = _all_pairs(anchors, targets, fg_iou_thresh, bg_iou_thresh, low_quality_matches)
-    if ignore_regions and targets.ignore_boxes.shape[1]:
-        own_area = area(anchors)
-        for region in targets.ignore_boxes.unbind(dim=1):
-            if region.device.type == "cpu" and not torch.compiler.is_compiling() and not region.any():
-                continue  # padding, which is last
-            inside = pairwise_intersection(region[:, None], anchors).squeeze(1) >= 0.5 * own_area
-            matched = torch.where(inside & (matched == BACKGROUND), IGNORED, matched)
-    return Matches(matched, (matched >= 0).sum(dim=1))
+
+    fg_iou_thresh: float = 0.5
+    bg_iou_thresh: float = 0.4
+    low_quality_matches: bool = False
+    ignore_regions: bool = True
+    needs_outputs = False
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        anchors: Tensor,
+        targets: Targets,
+        *,
+        grids: Sequence[tuple[int, int]] | None = None,
+        outputs: HeadOutputs | None = None,  # noqa: ARG002 (part of the interface)
+    ) -> Assignment:
+        """Assign anchors to objects; see `Assigner`.
+
+        The memory does not grow with the number of objects: they are processed in blocks or, where the grids are known
+        on a CPU, only the few anchors around each object are compared with it, with a bit-identical result.
+        """
+        thresholds = self.fg_iou_thresh, self.bg_iou_thresh, self.low_quality_matches
+        on_grid = grids is not None and anchors.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_grid and grids is not None and self.bg_iou_thresh > 0:
+            matched = _windows(anchors, targets, grids, *thresholds)
+        else:
+            matched = _all_pairs(anchors, targets, *thresholds)
+        if self.ignore_regions and targets.ignore_boxes.shape[1]:
+            own_area = area(anchors)
+            for region in targets.ignore_boxes.unbind(dim=1):
+                if region.device.type == "cpu" and not torch.compiler.is_compiling() and not region.any():
+                    continue  # padding, which comes last
+                inside = pairwise_intersection(region[:, None], anchors).squeeze(1) >= 0.5 * own_area
+                matched = torch.where(inside & (matched == BACKGROUND), IGNORED, matched)
+        return Assignment(matched, (matched >= 0).sum(dim=1))
 
 
 def _all_pairs(
     anchors: Tensor, targets: Targets, fg_iou_thresh: float, bg_iou_thresh: float, low_quality_matches: bool
 ) -> Tensor:
-    """`match_anchors` without ignore regions, by the overlap of everything with everything: (B, A)."""
+    """Assign by comparing every anchor with every object: (B, A), without ignore regions."""
     batch, num_anchors = len(targets.boxes), len(anchors)
     best_iou = anchors.new_full((batch, num_anchors), -1.0)
     best = torch.full((batch, num_anchors), 0, dtype=torch.int64, device=anchors.device)
     best_of_box = []
-    step = max(1, PAIRS_AT_ONCE * (16 if anchors.is_cuda else 1) // max(1, batch * num_anchors))
+    step = max(1, MAX_PAIRS * (16 if anchors.is_cuda else 1) // max(1, batch * num_anchors))
     if torch.compiler.is_compiling() and not low_quality_matches:
-        step = max(1, targets.boxes.shape[1])  # overlaps are looked at once, as they are computed, and never stored
+        step = max(1, targets.boxes.shape[1])  # IoUs are consumed as they are computed and never stored
     blocks = range(0, targets.boxes.shape[1], step)
     for start in blocks:
         iou = _block_iou(anchors, targets, start, step)
@@ -92,7 +89,7 @@ def _all_pairs(
     matched = torch.where(best_iou >= fg_iou_thresh, best, IGNORED)
     matched = torch.where(best_iou < bg_iou_thresh, BACKGROUND, matched)
     if low_quality_matches:
-        # Compiled, an overlap is computed twice, in two kernels, which may round it differently.
+        # Compiled, an IoU is computed twice, in two kernels, which may round differently.
         nearly = 1 - 1e-6 if torch.compiler.is_compiling() else 1.0
         for start, highest in zip(blocks, best_of_box, strict=True):
             iou = _block_iou(anchors, targets, start, step)
@@ -102,25 +99,24 @@ def _all_pairs(
 
 
 def _block_iou(anchors: Tensor, targets: Targets, start: int, step: int) -> Tensor:
-    """(B, block, A) overlaps, -1 for padding, so that padding loses even against no overlap."""
+    """(B, block, A) IoUs, -1 for padding, so that padding loses even against no overlap."""
     iou = pairwise_iou(targets.boxes[:, start : start + step], anchors)
     return torch.where(targets.labels[:, start : start + step, None] < 0, -1.0, iou)
 
 
-# ---- only what can matter -----------------------------------------------------------------------------------------------
-#
-# The anchors of one shape and level stand on a grid, so their overlap with a box is a product: of the overlap of the columns'
-# intervals with the box's, and that of the rows'. From the best of either follows at once whether any anchor of the shape can
-# reach a threshold, and which columns and rows can. What is left are small windows, whose anchors are looked at one by one.
+# The anchors of one shape and level stand on a grid, so the overlap of each with a box is a product: of the overlap of
+# the column's interval with the box's and that of the row's. The highest of either bound whether any anchor of the
+# shape can reach a threshold, and which columns and rows can. What remains are small windows of anchors to compare one
+# by one.
 
-WINDOWS_AT_ONCE = 1_000_000
-"""Anchors of a batch and overlaps of its objects with rows and columns that are looked at together: more leave the cache."""
+MAX_WINDOWS = 1_000_000
+"""Anchors of a batch plus overlaps of its objects with rows and columns per block: more do not fit into the cache."""
 SLACK = 1e-4
-"""Windows are chosen by this much more generously than exact arithmetic would need."""
+"""Relative margin by which windows are larger than exact arithmetic would need."""
 
 
 class _Axis(NamedTuple):
-    """The intervals of all columns (or rows): by level, by shape, by place."""
+    """The intervals of all columns (or rows), ordered by level, shape and position."""
 
     low: Tensor  # (L,)
     high: Tensor  # (L,)
@@ -128,7 +124,7 @@ class _Axis(NamedTuple):
     shapes: int  # anchors of a cell
 
     def overlaps(self, low: Tensor, high: Tensor) -> Tensor:
-        """(M,) intervals with all: (M, L)."""
+        """Overlap of (M,) intervals with all L: (M, L)."""
         return (torch.minimum(high[:, None], self.high) - torch.maximum(low[:, None], self.low)).clamp(min=0)
 
     def by_shape(self, overlaps: Tensor) -> list[Tensor]:
@@ -137,16 +133,16 @@ class _Axis(NamedTuple):
         return [p.view(len(p), self.shapes, n) for p, n in zip(parts, self.lengths, strict=True)]
 
     def reaching(self, overlaps: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-        """The first and the number of a shape's intervals that overlap at least `least` (M, S): (M, S) each.
+        """Index of the first and number of each shape's intervals that overlap by at least `least` (M, S): (M, S) each.
 
-        They lie side by side, because overlap first grows and then falls along a grid.
+        They are adjacent, because along a grid the overlap first grows and then falls.
         """
         levels = zip(self.by_shape(overlaps), torch.split(least, self.shapes, dim=1), strict=True)
         masks = [(overlap >= enough[..., None]).to(torch.uint8) for overlap, enough in levels]
         return torch.cat([m.argmax(dim=2) for m in masks], dim=1), torch.cat([m.sum(dim=2) for m in masks], dim=1)
 
     def starts(self) -> Tensor:
-        """(S,) where each shape's intervals begin."""
+        """(S,) offset of each shape's first interval."""
         counts = torch.tensor(self.lengths).repeat_interleave(self.shapes)
         return counts.cumsum(0) - counts
 
@@ -176,12 +172,13 @@ def _windows(
     bg_iou_thresh: float,
     low_quality_matches: bool,
 ) -> Tensor:
-    """What `_all_pairs` gives: (B, A). The objects of all images go together, or those of half the images at a time."""
+    """The result of `_all_pairs`, (B, A), for the objects of all images together, or of half of the images at a
+    time."""
     settings = (fg_iou_thresh, bg_iou_thresh, low_quality_matches)
     batch = len(targets.boxes)
 
     def halves() -> Tensor:
-        parts = zip(*(torch.tensor_split(t, 2) for t in targets), strict=True)
+        parts = zip(*(torch.tensor_split(t, 2) for t in targets[:3]), strict=True)
         return torch.cat([_windows(anchors, Targets(*part), grids, *settings) for part in parts])
 
     image, number = torch.nonzero(targets.labels >= 0, as_tuple=True)
@@ -189,7 +186,7 @@ def _windows(
     if not len(image):
         return matched.view(batch, len(anchors))
     shapes = len(anchors) // sum(h * w for h, w in grids)
-    if batch > 1 and len(matched) + len(image) * shapes * sum(h + w for h, w in grids) > WINDOWS_AT_ONCE:
+    if batch > 1 and len(matched) + len(image) * shapes * sum(h + w for h, w in grids) > MAX_WINDOWS:
         return halves()
     x_axis, y_axis = _axes(anchors, grids)
     cells = torch.tensor([h * w for h, w in grids])
@@ -197,7 +194,7 @@ def _windows(
     first_anchor = ((cells.cumsum(0) - cells) * shapes)[level] + torch.arange(shapes).repeat(len(grids))
     width = torch.tensor([w for _, w in grids])[level]
     x_start, y_start = x_axis.starts(), y_axis.starts()
-    # Of a shape, the size is nearly the same everywhere (but for rounding, which SLACK is for).
+    # The size of a shape is the same everywhere but for rounding, which SLACK covers.
     shape_area = (x_axis.high - x_axis.low)[x_start] * (y_axis.high - y_axis.low)[y_start]
 
     boxes = targets.boxes[image, number]
@@ -220,11 +217,11 @@ def _windows(
 
     box, shape = torch.nonzero(reached, as_tuple=True)
     window = columns[box, shape] * lines[box, shape]
-    if int(window.sum()) > PAIRS_AT_ONCE:
+    if int(window.sum()) > MAX_PAIRS:
         if batch > 1:
             return halves()
-        # large objects at a low threshold, which concern everything
-        objects = int(number.max()) + 1  # without padding for other images
+        # large objects and a low threshold: windows save nothing
+        objects = int(number.max()) + 1  # without the padding to other images
         alone = Targets(targets.boxes[:, :objects], targets.labels[:, :objects], targets.ignore_boxes)
         return _all_pairs(anchors, alone, *settings)
     pair = torch.repeat_interleave(torch.arange(len(box)), window)
@@ -233,7 +230,7 @@ def _windows(
     line = torch.div(place, columns[box, shape], rounding_mode="floor")
     x = column[box, shape] + place - line * columns[box, shape]
     y = row[box, shape] + line
-    # the place in `matched`, where the images' anchors lie one after the other
+    # position in `matched`, where the anchors of the images are concatenated
     anchor = image[box] * len(anchors) + first_anchor[shape] + (y * width[shape] + x) * shapes
     x, y = x + x_start[shape], y + y_start[shape]
     overlap = x_overlap[box, x] * y_overlap[box, y]
@@ -252,12 +249,12 @@ def _windows(
         tied = torch.unique(anchor[(iou == highest[box]) & (highest[box] > 0)])
         known = best[tied] >= bg_iou_thresh
         matched[tied[known]] = object_[tied[known]]
-        # A weak overlap may be the best of its object and yet not of its anchor: these few are compared with all objects.
+        # A low IoU may be the highest of its object and yet not of its anchor: compare these few with all objects.
         unknown = tied[~known]
         of_image = torch.div(unknown, len(anchors), rounding_mode="floor")
         for i in torch.unique(of_image).tolist():
             own = image == i
-            for few in torch.split(unknown[of_image == i], max(1, PAIRS_AT_ONCE // int(own.sum()))):
+            for few in torch.split(unknown[of_image == i], max(1, MAX_PAIRS // int(own.sum()))):
                 overlap = pairwise_iou(boxes[own], anchors[few - i * len(anchors)])
                 matched[few] = number[own][overlap.argmax(dim=0)]
     return matched.view(batch, len(anchors))

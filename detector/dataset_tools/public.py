@@ -1,12 +1,13 @@
-"""Public datasets in a data folder, by name: download, verify, unpack, convert.
+"""Fetch public datasets by name: download, verify, unpack, convert.
 
-A dataset's folder exists only once it is whole: everything is built in a hidden folder beside it and renamed. What is
-whole is left alone.
+A dataset's folder exists only once it is complete: it is built in a hidden folder next to it and then renamed. Complete
+folders are not touched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import re
 import shutil
@@ -14,9 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from detector.atomic import make_folder, write_json
 from detector.dataset_tools.archive import unpack
-from detector.dataset_tools.download import Archive, Say, fetch, nearest, part_path, require_space, size_on_disk
-from detector.dataset_tools.voc import Problem, read_names, voc_to_coco, write_json
+from detector.dataset_tools.download import Archive, fetch, part_path, require_space, size_on_disk
+from detector.dataset_tools.voc import read_names, voc_to_coco
+from detector.datasets.problems import ANNOTATION_LEFT_OUT, Problem, examples, group
 from detector.errors import DownloadError
 
 
@@ -25,21 +28,24 @@ class Part:
     """One archive that unpacks to one folder of a dataset."""
 
     archive: Archive
-    folder: str  # also the archive's only top-level folder
+    folder: str
+    """The folder's name, also of the archive's only top-level folder."""
     suffix: str
-    count: int  # files with this suffix
-    names: tuple[str, ...] = ()  # files that must be among them
+    count: int
+    """Number of files with this suffix."""
+    names: tuple[str, ...] = ()
+    """Files that must be among them."""
 
 
 @dataclass(frozen=True)
 class SplitCount:
-    """What a converted split must hold."""
+    """The expected size of a converted split."""
 
     images: int
     boxes: int
 
 
-# COCO publishes no sums. These sizes and sums are those TensorFlow Datasets and other projects pin, all the same.
+# COCO publishes no checksums. TensorFlow Datasets and other projects agree on these sizes and checksums.
 COCO2017: Mapping[str, Part] = {
     "train": Part(
         Archive(
@@ -81,7 +87,7 @@ COCO2017: Mapping[str, Part] = {
 }
 BCCD_URL = "https://github.com/Shenggan/BCCD_Dataset"
 BCCD_COMMIT = "d272fb14cdff6e473fafeeeba32aba5f560e9e43"
-# GitHub packs an archive for each request and its bytes are not stable: the counts below are the check.
+# GitHub packs archives on request, with unstable bytes: the counts below serve as the check.
 BCCD_ARCHIVE = Archive(
     url=f"{BCCD_URL}/archive/{BCCD_COMMIT}.zip",
     name=f"BCCD_Dataset-{BCCD_COMMIT[:12]}.zip",
@@ -103,42 +109,49 @@ def get_coco2017(
     parts: Sequence[str] = ("train", "val", "annotations"),
     keep_archives: bool = False,
     table: Mapping[str, Part] = COCO2017,
-    say: Say = print,
 ) -> None:
-    """Make ``root/coco/{train2017,val2017,annotations}``, as far as ``parts`` names them.
+    """Make the folders `root/coco/{train2017,val2017,annotations}`.
+
+    Args:
+        root: folder of all datasets.
+        parts: keys of `table`; the parts to fetch.
+        keep_archives: keep the zip files in `root/archives`.
+        table: the parts that exist.
 
     Raises:
-        DownloadError: an unknown part, too little disk, no network, a wrong file, or a folder in the way.
+        DownloadError: an unknown part, too little disk space, no network, an unexpected file, or an incomplete existing
+            folder.
     """
-    mistakes = [
-        f"part must be one of {', '.join(table)}, got {name!r}{nearest(name, table)}"
-        for name in dict.fromkeys(parts)
-        if name not in table
-    ]
-    if mistakes or not parts:
-        raise DownloadError("; ".join(mistakes) or f"parts must name one or more of {', '.join(table)}", exit_code=2)
+    unknown = [name for name in dict.fromkeys(parts) if name not in table]
+    if unknown or not parts:
+        close = [near[0] for name in unknown if (near := difflib.get_close_matches(name, table, n=1, cutoff=0.5))]
+        raise DownloadError(
+            f"parts must be one or more of {', '.join(table)}, got {','.join(unknown) or 'none'}"
+            + (f"; did you mean {', '.join(close)}?" if close else ""),
+            exit_code=2,
+        )
     folder, archives = root / "coco", root / "archives"
     todo: list[Part] = []
     for name in dict.fromkeys(parts):
         part = table[name]
         missing = _missing_files(folder / part.folder, part)
         if missing is None:
-            say(f"{folder / part.folder} is complete ({part.count} {part.suffix} files); nothing to do")
+            print(f"{folder / part.folder} is complete ({part.count} {part.suffix} files); nothing to do")
         else:
             _refuse_occupied(folder / part.folder, missing)
             todo.append(part)
     if not todo:
         return
-    _make_folder(folder)
+    make_folder(folder, option="--root")
     require_space(folder, _space_needed([part.archive for part in todo], archives, keep_archives))
     for part in todo:
-        fetched = _archive(part.archive, archives, keep=keep_archives, say=say)
+        fetched = _fetched(part.archive, archives, keep=keep_archives)
         with fetched as path, _built_aside(folder / part.folder) as staging:
             unpack(path, staging, limit_bytes=part.archive.unpacked_limit, place=_below(part.folder))
             missing = _missing_files(staging, part)
             if missing is not None:
                 raise DownloadError(f"{path} {missing}; delete it and run this again")
-        say(f"{folder / part.folder} is complete ({part.count} {part.suffix} files)")
+        print(f"{folder / part.folder} is complete ({part.count} {part.suffix} files)")
 
 
 def get_bccd(
@@ -147,50 +160,58 @@ def get_bccd(
     keep_archives: bool = False,
     archive: Archive = BCCD_ARCHIVE,
     splits: Mapping[str, SplitCount] = BCCD_SPLITS,
-    say: Say = print,
 ) -> None:
-    """Make ``root/bccd/{images,annotations}``: 364 blood-cell images and one COCO JSON a split.
+    """Make the folders `root/bccd/{images,annotations}`: 364 blood-cell images and one COCO file per split.
+
+    Args:
+        root: folder of all datasets.
+        keep_archives: keep the zip file in `root/archives`.
+        archive: the repository's archive.
+        splits: expected counts of every split.
 
     Raises:
-        DownloadError: too little disk, no network, counts other than expected, or a folder in the way.
+        DownloadError: too little disk space, no network, unexpected counts, or an existing folder that is incomplete.
     """
     folder, archives = root / "bccd", root / "archives"
-    mistakes = _bccd_mistakes(folder, splits)
-    if not mistakes:
-        say(f"{folder} is complete ({_counts(splits)}); nothing to do")
+    findings = _check_bccd(folder, splits)
+    if not findings:
+        print(f"{folder} is complete ({_counts(splits)}); nothing to do")
         return
-    _refuse_occupied(folder, mistakes[0])
-    _make_folder(root)
+    _refuse_occupied(folder, findings[0])
+    make_folder(root, option="--root")
     require_space(root, _space_needed([archive], archives, keep_archives))
-    with _archive(archive, archives, keep=keep_archives, say=say) as path, _built_aside(folder) as staging:
+    with _fetched(archive, archives, keep=keep_archives) as path, _built_aside(folder) as staging:
         raw = staging / "raw"
         staging.mkdir()
-        unpack(path, raw, limit_bytes=archive.unpacked_limit, place=_bccd_place)
+        unpack(path, raw, limit_bytes=archive.unpacked_limit, place=_bccd_member)
         try:
-            _convert_bccd(raw, staging, splits=splits, say=say)
+            _convert_bccd(raw, staging, splits=splits)
         except FileNotFoundError as error:
             raise DownloadError(
-                f"{path} must hold {error.filename}, got no such file; delete it and run again"
+                f"{path} must contain {error.filename}, got no such file; delete it and run this again"
             ) from error
         shutil.rmtree(raw)
-        mistakes = _bccd_mistakes(staging, splits)
-        if mistakes:
+        findings = _check_bccd(staging, splits)
+        if findings:
             raise DownloadError(
-                f"{path} must be BCCD at {BCCD_COMMIT[:12]}: {'; '.join(mistakes)}; delete it and run again"
+                f"{path} must be BCCD at {BCCD_COMMIT[:12]}: {'; '.join(findings)}; delete it and run this again"
             )
-    say(f"{folder} is complete ({_counts(splits)})")
+    print(f"{folder} is complete ({_counts(splits)})")
 
 
 @contextlib.contextmanager
-def _archive(archive: Archive, folder: Path, *, keep: bool, say: Say) -> Iterator[Path]:
-    """Fetch the archive; afterwards delete it, unless it is to be kept or was there before, put by hand."""
-    _make_folder(folder)
+def _fetched(archive: Archive, folder: Path, *, keep: bool) -> Iterator[Path]:
+    """Fetch the archive; delete it afterwards unless `keep` or it existed before."""
+    make_folder(folder, option="--root")
     path = folder / archive.name
-    was_there = path.exists()
-    say(f"uses {path}" if was_there else f"downloads {archive.url}")
-    yield fetch(archive, folder, say=say)
-    if was_there or keep:
-        say(f"{path} stays; nothing needs it any more")
+    existed = path.exists()
+    if existed:
+        print(f"using {path}")
+    else:
+        print(f"downloading {archive.url}; if interrupted, run the same command again to resume")
+    yield fetch(archive, folder)
+    if existed or keep:
+        print(f"{path} is no longer needed and was kept")
     else:
         path.unlink()
         with contextlib.suppress(OSError):  # not empty: other archives
@@ -199,7 +220,7 @@ def _archive(archive: Archive, folder: Path, *, keep: bool, say: Say) -> Iterato
 
 @contextlib.contextmanager
 def _built_aside(folder: Path) -> Iterator[Path]:
-    """Give a path to build at; it becomes ``folder`` in one step if the block ends well, else nothing stays."""
+    """Yield a path to build at; it is renamed to `folder` if the block succeeds and deleted otherwise."""
     staging = folder.with_name(f".{folder.name}.unfinished")
     if staging.exists():
         shutil.rmtree(staging)
@@ -213,7 +234,7 @@ def _built_aside(folder: Path) -> Iterator[Path]:
 
 
 def _space_needed(archives: Sequence[Archive], folder: Path, keep: bool) -> int:
-    """Return the largest number of bytes in use at any moment, beyond what is there now."""
+    """Return the peak disk space in bytes that fetching and unpacking needs in addition to existing files."""
     needed = peak = 0
     for archive in archives:
         path = folder / archive.name
@@ -226,39 +247,32 @@ def _space_needed(archives: Sequence[Archive], folder: Path, keep: bool) -> int:
     return peak
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DownloadError(f"{folder} must be a folder to write in, got {error.strerror}", exit_code=2) from error
-
-
-def _refuse_occupied(folder: Path, mistake: str) -> None:
-    """Raise if ``folder`` holds anything: it is not complete, and not ours to delete."""
+def _refuse_occupied(folder: Path, finding: str) -> None:
+    """Raise `DownloadError` if the incomplete `folder` is not empty; only the user may delete its content."""
     if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         return
     if folder.exists() or folder.is_symlink():
-        raise DownloadError(f"{folder} {mistake}; move it away and run this again", exit_code=2)
+        raise DownloadError(f"{folder} {finding}; move it away and run this again", exit_code=2)
 
 
 def _missing_files(folder: Path, part: Part) -> str | None:
-    """Say what ``folder`` must hold and does not, or None if it is complete."""
+    """Return what `folder` must contain and does not, or None if it is complete."""
     found = {path.name for path in folder.iterdir() if path.suffix == part.suffix} if folder.is_dir() else set()
     missing = [name for name in part.names if name not in found]
     if missing:
-        return f"must hold {', '.join(missing)}, got {len(found)} other {part.suffix} files"
+        return f"must contain {', '.join(missing)}, got {len(found)} other {part.suffix} files"
     if len(found) < part.count:
-        return f"must hold {part.count} {part.suffix} files, got {len(found)}"
+        return f"must contain {part.count} {part.suffix} files, got {len(found)}"
     return None
 
 
 def _below(folder: str) -> Callable[[str], str | None]:
-    """Return a ``place`` for `unpack` that takes the members below ``folder`` out of it and leaves out the others."""
+    """Return a `place` for `unpack` that keeps only the members below `folder`, with paths relative to it."""
     return lambda name: name.removeprefix(f"{folder}/") if name.startswith(f"{folder}/") else None
 
 
-def _bccd_place(name: str) -> str | None:
-    """Keep what the conversion reads: GitHub puts everything below one folder named after the commit."""
+def _bccd_member(name: str) -> str | None:
+    """Return the path of a member that the conversion reads, without GitHub's folder named after the commit."""
     inner = name.partition("/")[2]
     wanted = inner == "LICENSE" or re.fullmatch(
         r"BCCD/(JPEGImages/[^/]+\.jpg|Annotations/[^/]+\.xml|ImageSets/Main/(train|val|test)\.txt)", inner
@@ -266,8 +280,8 @@ def _bccd_place(name: str) -> str | None:
     return inner if wanted else None
 
 
-def _convert_bccd(raw: Path, folder: Path, *, splits: Mapping[str, SplitCount], say: Say) -> None:
-    """Convert the unpacked repository to ``folder/{images,annotations}``; ids count on from split to split."""
+def _convert_bccd(raw: Path, folder: Path, *, splits: Mapping[str, SplitCount]) -> None:
+    """Convert the unpacked repository to `folder/{images,annotations}`; ids are unique over all splits."""
     voc = raw / "BCCD"
     problems: list[Problem] = []
     images = boxes = 0
@@ -278,7 +292,7 @@ def _convert_bccd(raw: Path, folder: Path, *, splits: Mapping[str, SplitCount], 
             names=read_names(voc / "ImageSets" / "Main" / f"{split}.txt"),
             categories=BCCD_CATEGORIES,
             first_image_id=images + 1,
-            first_box_id=boxes + 1,
+            first_annotation_id=boxes + 1,
         )
         for image in result.coco["images"]:
             image["license"] = 1
@@ -287,20 +301,20 @@ def _convert_bccd(raw: Path, folder: Path, *, splits: Mapping[str, SplitCount], 
         problems += result.problems
         info = {"description": "BCCD (blood cells), COCO conversion", "url": BCCD_URL, "version": BCCD_COMMIT}
         licenses = [{"id": 1, "name": "MIT", "url": "https://opensource.org/licenses/MIT"}]
-        write_json(folder / "annotations" / f"{split}.json", {"info": info, "licenses": licenses, **result.coco})
+        content = {"info": info, "licenses": licenses, **result.coco}
+        write_json(content, folder / "annotations" / f"{split}.json", compact=True)
     (voc / "JPEGImages").rename(folder / "images")
     (raw / "LICENSE").rename(folder / "LICENSE")
-    dropped = sum(problem.lost == "box" for problem in problems)
-    say(f"dropped {dropped} of {boxes + dropped} boxes; {len(problems)} problems in all" + (":" if problems else ""))
-    for problem in problems:
-        say(f"  {problem}")
+    dropped = sum(problem.action == ANNOTATION_LEFT_OUT for problem in problems)
+    print(f"dropped {dropped} of {boxes + dropped} boxes; {len(problems)} problems in all" + (":" if problems else ""))
+    print(examples(group(problems)), end="\n" * bool(problems))
 
 
-def _bccd_mistakes(folder: Path, splits: Mapping[str, SplitCount]) -> list[str]:
-    """Say how ``folder`` differs from the complete dataset."""
+def _check_bccd(folder: Path, splits: Mapping[str, SplitCount]) -> list[str]:
+    """Return how `folder` differs from the complete dataset."""
     if not folder.is_dir():
         return ["must be a folder"]
-    mistakes = []
+    findings = []
     present = {path.name for path in (folder / "images").iterdir()} if (folder / "images").is_dir() else set()
     for split, expected in splits.items():
         path = folder / "annotations" / f"{split}.json"
@@ -309,11 +323,11 @@ def _bccd_mistakes(folder: Path, splits: Mapping[str, SplitCount]) -> list[str]:
             names = [image["file_name"] for image in content["images"]]
             found = SplitCount(images=sum(name in present for name in names), boxes=len(content["annotations"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            mistakes.append(f"must hold a readable annotations/{split}.json, got {error}")
+            findings.append(f"must contain a readable annotations/{split}.json, got {error}")
             continue
         if found != expected:
-            mistakes.append(f"must hold {_counts({split: expected})}, got {_counts({split: found})}")
-    return mistakes
+            findings.append(f"must contain {_counts({split: expected})}, got {_counts({split: found})}")
+    return findings
 
 
 def _counts(splits: Mapping[str, SplitCount]) -> str:

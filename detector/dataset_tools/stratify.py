@@ -1,99 +1,181 @@
-"""Dividing one annotation file into a part to learn from and parts to be measured by."""
+"""Stratified splits of one COCO file: training, validation and test sets by shares, or k folds for cross-validation."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from detector.dataset_tools.voc import write_json
+from detector.atomic import write_json
 from detector.datasets.coco_json import load_json, require_coco
+from detector.errors import DatasetError, UserError
+
+
+class Fold(NamedTuple):
+    """The two COCO files of one fold: the other folds together, and the fold itself."""
+
+    train: Path
+    val: Path
+
+
+class Stratification(NamedTuple):
+    """The part of every image, and the images of every category."""
+
+    part_of: dict[str, int]
+    """Index of the part, by the `repr` of the image id."""
+    images_with: dict[str, list[str]]
+    """Images (of different files) that have an annotation of a category, by the `repr` of the category id."""
 
 
 def split_file(
     annotations: Path, fractions: Mapping[str, float], *, output_dir: Path, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Write `output_dir/NAME.json` for "train" and every name in `fractions`; returns what they hold.
+    """Write a stratified split as `output_dir/NAME.json`, for "train" and every name in `fractions`.
 
     Args:
         annotations: a COCO file.
-        fractions: shares of the images, as {"val": 0.2}; the rest is for training.
-        output_dir: for the new files.
-        seed: the same one divides the same file in the same way.
+        fractions: shares of the images, e.g. {"val": 0.2}; the remaining images are for training.
+        output_dir: folder for the new files.
+        seed: random seed of the split; the same seed and file give the same split.
+
+    Returns:
+        The content of the new files, by name.
 
     Raises:
-        DatasetError: the file is no COCO file.
-        ValueError: the fractions leave nothing; the file has too few images; or a file to write is there already.
+        DatasetError: the file is not a COCO file, or has too few images.
+        UserError: the fractions leave no images for training, or a file to write exists already.
     """
     if not all(0 < share < 1 for share in fractions.values()) or sum(fractions.values()) >= 1:
-        raise ValueError(f"shares must be above 0 and leave something to learn from, got {dict(fractions)}")
-    there = [str(path) for name in ("train", *fractions) if (path := output_dir / f"{name}.json").exists()]
-    if there:
-        raise ValueError(f"{', '.join(there)} must not be there yet; delete it or give another --output-dir")
+        raise UserError(f"shares must be above 0 and leave images for training, got {dict(fractions)}")
+    existing = [str(path) for name in ("train", *fractions) if (path := output_dir / f"{name}.json").exists()]
+    if existing:
+        raise UserError(f"{', '.join(existing)} must not exist yet; delete it or give another --output-dir")
     content = load_json(annotations)
     require_coco(annotations, content)
     parts = split_coco(content, fractions, seed=seed)
     empty = [name for name, part in parts.items() if not part["images"]]
     if empty:
-        raise ValueError(f"{annotations} must have images for {', '.join(empty)} too, got {len(content['images'])}")
+        raise DatasetError(f"{annotations} must have images for {', '.join(empty)} too, got {len(content['images'])}")
     for name, part in parts.items():
-        write_json(output_dir / f"{name}.json", part)
+        write_json(part, output_dir / f"{name}.json", compact=True)
     return parts
 
 
 def split_coco(content: dict[str, Any], fractions: Mapping[str, float], *, seed: int) -> dict[str, dict[str, Any]]:
-    """The same images, annotations and everything else, by image, in "train" and the named parts.
+    """Return `split_file`'s parts of the content of a COCO file.
 
-    Classes are shared out as the images are, the rarest first (after Sechidis et al. 2011): each part gets its share of
-    the images with the class, and at least one where there are enough. Images of one file stay together. Whatever
-    belongs to no image goes to "train", where opening the dataset lists it.
+    Annotations without an image and malformed entries are left in "train", where opening the dataset reports them.
     """
-    classes_of: defaultdict[Any, set[Any]] = defaultdict(set)
-    for annotation in content["annotations"]:
-        if isinstance(annotation, dict):
-            classes_of[_key(annotation.get("image_id"))].add(_key(annotation.get("category_id")))
+    shares = [1 - sum(fractions.values()), *fractions.values()]
+    part_of = stratify(content, shares, seed=seed).part_of
+    return {
+        name: _select(content, part_of, {index} if index else {0, None})
+        for index, name in enumerate(("train", *fractions))
+    }
+
+
+def write_folds(annotations: Path, k: int, *, output_dir: Path, seed: int = 0) -> tuple[list[Fold], list[str]]:
+    """Write k stratified folds as `output_dir/fold0_train.json`, `fold0_val.json`, ...
+
+    Every image is in one validation file and in the k - 1 training files of the other folds. Annotations without an
+    image and malformed entries are left in the training files, where opening the dataset reports them.
+
+    Args:
+        annotations: a COCO file.
+        k: number of folds, at least 2.
+        output_dir: folder for the new files; existing files of these names are replaced.
+        seed: random seed of the folds; the same seed and file give the same folds.
+
+    Returns:
+        The k folds, and one warning for every category with fewer images than folds.
+
+    Raises:
+        DatasetError: the file is not a COCO file, or has fewer images than folds.
+    """
+    content = load_json(annotations)
+    require_coco(annotations, content)
+    part_of, images_with = stratify(content, [1 / max(k, 1)] * max(k, 1), seed=seed)
+    if k < 2 or len(set(part_of.values())) < k:
+        raise DatasetError(
+            f"folds must be at least 2 and at most the number of images, got {k} for the {len(part_of)} images of "
+            f"{annotations}"
+        )
+    folds = [Fold(output_dir / f"fold{i}_train.json", output_dir / f"fold{i}_val.json") for i in range(k)]
+    for i, fold in enumerate(folds):
+        write_json(_select(content, part_of, {None, *range(k)} - {i}), fold.train, compact=True)
+        write_json(_select(content, part_of, {i}), fold.val, compact=True)
+    names = {repr(c.get("id")): c.get("name") for c in content["categories"] if isinstance(c, dict)}
+    warnings = [
+        f"{annotations.name}: class {names.get(category, category)} is in {len(images)} image{'s' * (len(images) > 1)},"
+        f" fewer than {k} folds: in a fold without it, its AP is undefined and left out of the mean"
+        for category, images in images_with.items()
+        if len(images) < k
+    ]
+    return folds, warnings
+
+
+def stratify(content: dict[str, Any], shares: Sequence[float], *, seed: int) -> Stratification:
+    """Assign every image to a part so that each part gets its share of the images of every category.
+
+    Iterative stratification (Sechidis et al. 2011): the rarest category first, each of its images goes to the part that
+    lacks most of its share of that category, then of all images. If a category has as many images as there are parts,
+    every part gets one before any part gets another. Images without annotations come last. Images of one file stay
+    together.
+
+    Args:
+        content: content of a COCO file; malformed entries are ignored.
+        shares: shares of the parts; their sum is 1.
+        seed: random seed of the order of images.
+    """
     first_of_file: dict[str, str] = {}
-    group_of: dict[str, str] = {}  # of an image: the image that decides for it
+    group_of: dict[str, str] = {}  # all images of a file -> its first image
     for image in content["images"]:
         if isinstance(image, dict):
-            key = _key(image.get("id"))
-            group_of.setdefault(key, first_of_file.setdefault(_key(image.get("file_name", key)), key))
-    images_with: defaultdict[Any, dict[str, None]] = defaultdict(dict)  # a set in order
+            key = repr(image.get("id"))
+            group_of.setdefault(key, first_of_file.setdefault(repr(image.get("file_name", key)), key))
     groups = list(dict.fromkeys(group_of.values()))
-    for key, group in group_of.items():
-        for name in classes_of.get(key, ()):
-            images_with[name][group] = None
+    categories_of: defaultdict[str, dict[str, None]] = defaultdict(dict)  # an ordered set
+    for annotation in content["annotations"]:
+        if isinstance(annotation, dict) and (key := repr(annotation.get("image_id"))) in group_of:
+            categories_of[group_of[key]][repr(annotation.get("category_id"))] = None
+    order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    images_with: defaultdict[str, list[str]] = defaultdict(list)
+    for group in order:
+        for category in categories_of[group]:
+            images_with[category].append(group)
 
-    rng = np.random.default_rng(seed)
-    part_of: dict[str, str] = {}
+    part_of_group: dict[str, int] = {}
+    counts: Counter[tuple[int, str | None]] = Counter()  # images by part and category; category None: all images
 
-    def deal(candidates: list[str]) -> None:
-        """Give every part its share of these images, counting those that it has."""
-        free = [candidates[i] for i in rng.permutation(len(candidates)) if candidates[i] not in part_of]
-        for name, share in fractions.items():
-            has = sum(part_of.get(group) == name for group in candidates)
-            wanted = max(round(share * len(candidates)), int(len(candidates) > len(fractions)))
-            for group in free[: max(0, wanted - has)]:
-                part_of[group] = name
-            free = [group for group in free if group not in part_of]
-        part_of.update(dict.fromkeys(free, "train"))
+    def lack(part: int, category: str | None, total: int) -> tuple[bool, float]:
+        count = counts[part, category]
+        return count == 0 and total >= len(shares), shares[part] * total - count
 
-    for name in sorted(images_with, key=lambda name: (len(images_with[name]), str(name))):
-        deal([*images_with[name]])
-    deal([group for group in groups if group not in part_of])
+    rarest_first = sorted(images_with.items(), key=lambda item: (len(item[1]), item[0]))
+    strata: list[tuple[str | None, list[str]]] = [*rarest_first, (None, order)]
+    for stratum, members in strata:
+        for group in members:
+            if group in part_of_group:
+                continue
+            part = max(
+                range(len(shares)),
+                key=lambda part: (lack(part, stratum, len(members)), lack(part, None, len(order)), -part),
+            )
+            part_of_group[group] = part
+            counts.update((part, each) for each in (None, *categories_of[group]))
+    return Stratification({key: part_of_group[group] for key, group in group_of.items()}, dict(images_with))
 
-    rest = {key: value for key, value in content.items() if key not in ("images", "annotations")}
-    parts = {name: {**rest, "images": [], "annotations": []} for name in ("train", *fractions)}
+
+def _select(content: dict[str, Any], part_of: Mapping[str, int], parts: Collection[int | None]) -> dict[str, Any]:
+    """Return a COCO file's content with the images and annotations of `parts` only; None: those without an image."""
+    selected = {key: value for key, value in content.items() if key not in ("images", "annotations")}
     for kind, field in (("images", "id"), ("annotations", "image_id")):
-        for entry in content[kind]:
-            key = _key(entry.get(field)) if isinstance(entry, dict) else ""
-            parts[part_of.get(group_of.get(key, ""), "train")][kind].append(entry)
-    return parts
-
-
-def _key(value: Any) -> str:
-    """Something to compare by, whatever stands in the file."""
-    return repr(value)
+        selected[kind] = [
+            entry
+            for entry in content[kind]
+            if (part_of.get(repr(entry.get(field))) if isinstance(entry, dict) else None) in parts
+        ]
+    return selected

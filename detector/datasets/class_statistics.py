@@ -1,4 +1,4 @@
-"""Class weights and sampling factors counted from the training set."""
+"""Class weights and sampling factors, from the number of objects per class in the training set."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from detector.datasets.coco import CocoDataset
 from detector.datasets.sampling import balanced_factors, repeat_factors
 from detector.errors import ConfigError
 from detector.losses import effective_number, inverse_frequency
-from detector.losses.class_loss import USES
+from detector.losses.class_loss import CLASS_LOSSES
 
 
 def class_weights(loss: LossConfig, train_set: CocoDataset) -> list[float] | None:
-    """The weights of positives by class where `loss.alpha` leaves them to the data, or gives one for each class.
+    """Return the weight of each class's positives; None if the loss has no weight per class.
+
+    `loss.alpha` lists the weights, or names the rule that computes them from the number of objects per class.
 
     Raises:
-        ConfigError: a list of another length than there are classes.
+        ConfigError: the list has another length than there are classes.
     """
     num_classes = len(train_set.categories)
-    if "alpha" not in USES[loss.cls]:
+    if "alpha" not in CLASS_LOSSES[loss.cls].settings:
         return None
     if isinstance(loss.alpha, tuple):
         if len(loss.alpha) != num_classes:
@@ -41,13 +43,13 @@ def class_weights(loss: LossConfig, train_set: CocoDataset) -> list[float] | Non
 
 
 def class_weights_text(weights: list[float], train_set: CocoDataset) -> str:
-    """A line for the log."""
+    """Format class weights as a line for the log."""
     pairs = zip(train_set.categories.names, weights, strict=True)
     return "weights of positives by class: " + ", ".join(f"{name} {weight:.3g}" for name, weight in pairs)
 
 
 def sampling_factors(data: DataConfig, train_set: CocoDataset) -> NDArray[np.float64] | None:
-    """How often each training picture comes in an epoch; None: once."""
+    """Return the average number of times that each training image is used per epoch, (N,); None: once each."""
     boxes = train_set.boxes()
     if data.sampling == "repeat_factor":
         return repeat_factors(boxes.image_index, boxes.labels, len(train_set), threshold=data.repeat_threshold)

@@ -1,18 +1,17 @@
-"""Check image files: present, readable, of the stated size."""
+"""Check image files: present, readable; their sizes, orientations and modes."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import stat
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -20,14 +19,28 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from detector.datasets.images import DEEP_GREY, _header, _opened, _to_rgb
-from detector.errors import ImageError
+from detector.atomic import atomic_file
+from detector.datasets.images import DEEP_GREY, header_of, open_image, to_rgb
+from detector.datasets.store import FileStat, ImageStore
+from detector.errors import ImageError, RunError
 
 UNCHECKED, GOOD, MISSING, BAD = range(4)
 
+RECORD = np.dtype(
+    [
+        ("stat", np.int64, 2),
+        ("decoded", np.bool_),
+        ("size", np.int32, 2),
+        ("orientation", np.uint8),
+        ("mode", "S8"),
+        ("peak", np.uint8),
+    ]
+)
+"""What is remembered of a good file: its `FileStat`, whether it was decoded, and the facts in `ImageFacts`."""
+
 
 class ImageFacts(NamedTuple):
-    """What is known of N image files after looking at them."""
+    """What the check found out about N image files."""
 
     status: NDArray[np.uint8]
     """(N,) UNCHECKED, GOOD, MISSING or BAD."""
@@ -44,77 +57,72 @@ class ImageFacts(NamedTuple):
 
 
 def check_images(
-    root: Path, names: Sequence[str], which: NDArray[np.bool_], *, decode: bool, progress: bool
+    store: ImageStore, names: Sequence[str], which: NDArray[np.bool_], *, decode: bool, progress: bool
 ) -> ImageFacts:
-    """Open the files `root / names[i]` where `which` (N,) is set: their headers, or every pixel (`decode`).
+    """Read the headers of image files, or decode every pixel.
 
-    Good files are remembered in the user's cache folder, keyed by path, size and time of change, so that the next
-    call only asks for those. Never raises for a file: what is wrong stands in the result.
+    Good files are remembered in the user's cache folder by name, size and version, so that the next check only
+    compares those. Unusable files do not raise: the reason is in the result.
+
+    Args:
+        store: the image store.
+        names: of N images in the store.
+        which: (N,) the images to check.
+        decode: whether to decode all pixels.
+        progress: whether to print a progress bar to stderr.
     """
     n = len(names)
-    facts = ImageFacts(
-        status=np.zeros(n, np.uint8),
-        sizes=np.zeros((n, 2), np.int32),
-        orientations=np.zeros(n, np.uint8),
-        modes=np.zeros(n, "S8"),
-        peaks=np.full(n, 255, np.uint8),
-        reasons={},
-    )
+    records = np.zeros(n, RECORD)
+    records["peak"] = 255
+    status = np.zeros(n, np.uint8)
+    facts = ImageFacts(status, records["size"], records["orientation"], records["mode"], records["peak"], {})
     todo = np.flatnonzero(which)
     if not len(todo):
         return facts
-    memory = _Memory(root)
-    stats = np.zeros((n, 2), np.int64)
+    cache = _CheckCache(store)
     fresh = np.zeros(n, bool)
 
-    def look(rows: NDArray[np.int64]) -> int:
+    def check(rows: NDArray[np.int64]) -> int:
         for i in rows.tolist():
-            path = os.path.join(root, names[i])
             try:
-                found = os.stat(path)
+                found = store.stat(names[i])
             except OSError as error:
-                facts.status[i] = MISSING if isinstance(error, FileNotFoundError | NotADirectoryError) else BAD
+                status[i] = MISSING if isinstance(error, FileNotFoundError | NotADirectoryError) else BAD
                 facts.reasons[i] = error.strerror or str(error)
                 continue
-            stats[i] = found.st_size, found.st_mtime_ns
-            row = memory.row(names[i], found, decode=decode)
+            row = cache.row(names[i], found, decode=decode)
             if row is not None:
-                facts.sizes[i], facts.orientations[i] = memory.sizes[row], memory.orientations[row]
-                facts.modes[i], facts.peaks[i], facts.status[i] = memory.modes[row], memory.peaks[row], GOOD
-                continue
-            if not stat.S_ISREG(found.st_mode):
-                facts.status[i], facts.reasons[i] = BAD, "is a folder or device, not an image"
+                records[i], status[i] = cache.records[row], GOOD
                 continue
             try:
-                with _opened(path) as image:
-                    header = _header(image)
-                    if decode:
-                        rgb = _to_rgb(image)
-                        if header.mode in DEEP_GREY:
-                            facts.peaks[i] = np.asarray(rgb).max(initial=0)
+                with open_image(store, names[i]) as (image, _):
+                    header = header_of(image)
+                    rgb = to_rgb(image) if decode else None
+                    peak = np.asarray(rgb).max(initial=0) if decode and header.mode in DEEP_GREY else 255
             except ImageError as error:
-                facts.status[i], facts.reasons[i] = BAD, str(error).removeprefix(f"{path}: ")
+                status[i] = BAD
+                facts.reasons[i] = str(error).removeprefix(f"{store.describe(names[i])}: ")
                 continue
-            facts.sizes[i] = header.height, header.width
-            facts.orientations[i], facts.modes[i] = header.orientation, header.mode.encode("ascii", "replace")
-            facts.status[i], fresh[i] = GOOD, True
+            size, mode = (header.height, header.width), header.mode.encode("ascii", "replace")
+            records[i] = found, decode, size, header.orientation, mode, peak
+            status[i], fresh[i] = GOOD, True
         return len(rows)
 
     # Threads, not processes: decoders and file systems wait outside Python's lock, and results need no copying.
     chunks = np.array_split(todo, max(1, len(todo) // 32))
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
-        done = pool.map(look, chunks)
-        what = f"checking {len(todo):,} images in {root} ({'every pixel' if decode else 'headers'})"
-        _follow(done, len(todo), what if progress else None)
+        done = pool.map(check, chunks)
+        what = f"checking {len(todo):,} images in {store.key} ({'every pixel' if decode else 'headers'})"
+        _show_progress(done, len(todo), what if progress else None)
     finally:
         pool.shutdown(cancel_futures=True)
     if fresh.any():
-        memory.remember(names, np.flatnonzero(fresh), stats, facts, decoded=decode)
+        cache.add([names[i] for i in np.flatnonzero(fresh).tolist()], records[fresh])
     return facts
 
 
-def _follow(done: Iterator[int], total: int, what: str | None) -> None:
+def _show_progress(done: Iterator[int], total: int, what: str | None) -> None:
     """Consume an iterator of counts; show a bar on a terminal, one line elsewhere, nothing without `what`."""
     if what is None:
         for _ in done:
@@ -123,7 +131,7 @@ def _follow(done: Iterator[int], total: int, what: str | None) -> None:
     console = Console(stderr=True)
     if not console.is_terminal:
         print(what, file=sys.stderr, flush=True)
-        _follow(done, total, None)
+        _show_progress(done, total, None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -132,78 +140,44 @@ def _follow(done: Iterator[int], total: int, what: str | None) -> None:
             bar.advance(task, count)
 
 
-class _Memory:
-    """Good files of one image folder, remembered between runs.
+class _CheckCache:
+    """The good files of one image store, remembered between runs.
 
-    An .npz file of plain arrays (reading it cannot run code) per folder. It only saves time: a broken, foreign or
-    unwritable one is treated as none.
+    An .npz file of plain arrays (reading it cannot run code) per store. It only saves time: a damaged, foreign or
+    unwritable one is ignored.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, store: ImageStore) -> None:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        # Another Pillow may judge files differently, and so do other rules of ours: count up when they change.
-        key = hashlib.sha256(f"{os.path.realpath(root)}\0{PIL.__version__}\0v2".encode(errors="surrogatepass"))
+        # Another Pillow, or other rules here, may judge files differently: increase the number with the rules.
+        key = hashlib.sha256(f"{store.key}\0{PIL.__version__}\0v3".encode(errors="surrogatepass"))
         self.path = Path(base) / "detector" / f"images-{key.hexdigest()[:24]}.npz"
-        self.rows: dict[str, int] = {}
-        self.names: list[str] = []
         try:
             with np.load(self.path, allow_pickle=False) as saved:
-                self.names = bytes(saved["names"]).decode("utf-8", "surrogatepass").split("\0")[:-1]
-                self.stats, self.sizes = saved["stats"], saved["sizes"]
-                self.orientations, self.modes, self.peaks = saved["orientations"], saved["modes"], saved["peaks"]
-                self.decoded = saved["decoded"]
-            n = len(self.names)
-            shapes = [a.shape for a in self._arrays()]
-            if shapes != [(n, 2), (n, 2), (n,), (n,), (n,), (n,)]:
-                raise ValueError("arrays of unequal length")
-            self.rows = dict(zip(self.names, range(n), strict=True))
+                names = bytes(saved["names"]).decode("utf-8", "surrogatepass").split("\0")[:-1]
+                self.records = saved["records"]
+            if self.records.dtype != RECORD or self.records.shape != (len(names),):
+                raise ValueError("records of another format")
+            self.rows = dict(zip(names, range(len(names)), strict=True))
         except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
-            self.names, self.rows = [], {}
-            self.stats, self.sizes = np.zeros((0, 2), np.int64), np.zeros((0, 2), np.int32)
-            self.orientations, self.modes = np.zeros(0, np.uint8), np.zeros(0, "S8")
-            self.peaks, self.decoded = np.zeros(0, np.uint8), np.zeros(0, bool)
+            self.rows, self.records = {}, np.zeros(0, RECORD)
 
-    def _arrays(self) -> tuple[NDArray[np.generic], ...]:
-        return self.stats, self.sizes, self.orientations, self.modes, self.peaks, self.decoded
-
-    def row(self, name: str, found: os.stat_result, *, decode: bool) -> int | None:
-        """Where the file is remembered, if it is, unchanged, and as thoroughly checked as asked for."""
+    def row(self, name: str, found: FileStat, *, decode: bool) -> int | None:
+        """Return the row of a file that is unchanged and was checked at least as thoroughly; None without one."""
         row = self.rows.get(name)
-        if row is None or (decode and not self.decoded[row]):
+        if row is None or (decode and not self.records["decoded"][row]):
             return None
-        same = int(self.stats[row, 0]) == found.st_size and int(self.stats[row, 1]) == found.st_mtime_ns
-        return row if same else None
+        return row if tuple(self.records["stat"][row].tolist()) == found else None
 
-    def remember(
-        self,
-        names: Sequence[str],
-        fresh: NDArray[np.int64],
-        stats: NDArray[np.int64],
-        facts: ImageFacts,
-        *,
-        decoded: bool,
-    ) -> None:
-        """Write the fresh rows beside what else is remembered of this folder (other splits)."""
-        new = [names[i] for i in fresh.tolist()]
-        replaced = set(new)
-        keep = np.array([row for name, row in self.rows.items() if name not in replaced], np.int64)
-        known: tuple[NDArray[Any], ...] = self._arrays()[:-1]
-        added: tuple[NDArray[Any], ...] = (stats, facts.sizes, facts.orientations, facts.modes, facts.peaks)
-        merged = [np.concatenate([old[keep], more[fresh]]) for old, more in zip(known, added, strict=True)]
-        flags = np.concatenate([self.decoded[keep], np.full(len(fresh), decoded)])
-        text = "".join(f"{name}\0" for name in [*(self.names[i] for i in keep.tolist()), *new])
-        blob = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
-        keys = ("stats", "sizes", "orientations", "modes", "peaks")
-        arrays: dict[str, Any] = {"names": blob, "decoded": flags, **dict(zip(keys, merged, strict=True))}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.path.parent, suffix=".tmp", delete=False) as file:
-                try:
-                    np.savez(file, **arrays)
-                    file.close()
-                    os.replace(file.name, self.path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
-        except OSError:  # no home, full or read-only disk: the next run checks again
-            return
+    def add(self, names: Sequence[str], records: NDArray[np.void]) -> None:
+        """Write new records together with those of other files in this store, such as other splits."""
+        replaced = set(names)
+        kept = {name: row for name, row in self.rows.items() if name not in replaced}
+        text = "".join(f"{name}\0" for name in [*kept, *names])
+        arrays = {
+            "names": np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8),
+            "records": np.concatenate([self.records[list(kept.values())], records]),
+        }
+        # Without a home folder, or with a full or read-only disk, the next run checks again.
+        with contextlib.suppress(RunError), atomic_file(self.path) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the arrays for allow_pickle

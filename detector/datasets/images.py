@@ -1,40 +1,40 @@
-"""Image files: their pixels as RGB, their headers, and the check of a whole folder before anything relies on it.
+"""Decode image files to RGB pixels, and read their headers.
 
-How pixels become 8-bit RGB, the same in training, evaluation and prediction:
+How pixels become 8-bit RGB, in training, evaluation and prediction alike:
 
 - grey, palette, YCbCr and CMYK images: as `PIL.Image.convert("RGB")` does;
 - alpha is dropped, not composited: the field's convention; the colours below transparent pixels stay as stored;
 - 16-bit grey: value / 257, rounded, so that 65535 becomes 255. A fixed rule, because a range taken from each image
   would make the same object look different from one image to the next. 16-bit colour: the high byte (all that Pillow
-  gives), at most one step from that rule;
-- floating-point pixels are refused: the file does not say which value is white;
+  provides), at most one step from that rule;
+- floating-point pixels are refused: the file does not state which value is white;
 - of an animation or a multi-page file, the first frame.
 
-TIFF files are always turned as their orientation tag says: there the tag is part of the format, and Pillow applies it.
+TIFF files are always rotated by their orientation tag: there the tag is part of the format, and Pillow applies it.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from detector.datasets.store import FILES, ImageStore
 from detector.errors import ImageError
 
-# Formats that are known by their first bytes, and whose decoders only decode. Of Pillow's others, some start programs.
+# Formats that are recognized by their first bytes, and whose decoders only decode. Some other formats start programs.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")
 
 MAX_PIXELS = 1_000_000_000
-"""Largest image that is decoded: 3 GB as RGB. Beyond it a file is refused, whatever it claims to be."""
+"""Largest image that is decoded: 3 GB as RGB. A file whose header declares more is refused."""
 
-# Pillow would warn above 89 megapixels and refuse above 179, both common in aerial and medical images; ours is above.
+# Pillow would warn above 89 megapixels and refuse above 179, both common in aerial and medical images.
 Image.MAX_IMAGE_PIXELS = None
 
 _ORIENTATION_TAG = 0x0112
@@ -47,12 +47,12 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SWAPPING = tuple(_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))
 DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+"""Pillow's modes of 16-bit grey."""
 
 
 class ImageHeader(NamedTuple):
-    """What an image file says about itself."""
+    """What an image file's header declares."""
 
     width: int
     """As stored, before any EXIF orientation."""
@@ -60,69 +60,91 @@ class ImageHeader(NamedTuple):
     mode: str
     """Pillow's mode (L, RGB, P, I;16, ...), with ";16" added for colour of 16 bits per channel."""
     orientation: int
-    """EXIF orientation 1..8; 5 to 8 swap width and height; 1 where the file has none."""
+    """EXIF orientation 1..8; 5 to 8 exchange width and height; 1 where the file has none."""
 
 
 def decode_image(path: Path, *, apply_exif: bool) -> NDArray[np.uint8]:
-    """Pixels of an image file as (H, W, 3) uint8 RGB, contiguous and writable, by the rules of this module.
-
-    `apply_exif` turns the image as its EXIF orientation says. Raises `ImageError` if the file is missing, no image,
-    truncated, of floating-point pixels or larger than `MAX_PIXELS`.
-    """
-    pixels, _ = decode_at_least(path, apply_exif=apply_exif, enough=None)
-    return pixels
-
-
-def decode_at_least(
-    path: Path, *, apply_exif: bool, enough: Callable[[tuple[int, int]], tuple[int, int]] | None
-) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """As `decode_image`, but a colour JPEG may come at exactly a half, a quarter or an eighth of its size.
-
-    Its decoder makes what are nearly the means of 2 x 2, 4 x 4 or 8 x 8 pixels in less time than the pixels, and most of what a
-    resize by areas would do next is then done. (Colour that is stored at half the width only, 4:2:2, stays less sharp.)
+    """Decode an image file to (H, W, 3) uint8 RGB pixels, contiguous and writable, by the rules of this module.
 
     Args:
         path: of the file.
-        apply_exif: see `decode_image`.
-        enough: from the picture's height and width to those that the result must have at least; None: all pixels.
+        apply_exif: whether to rotate or mirror the image by its EXIF orientation.
+
+    Raises:
+        ImageError: the file is missing, no image, truncated, of floating-point pixels or larger than `MAX_PIXELS`.
+    """
+    return decode_at_least(FILES, str(path), apply_exif=apply_exif)[0]
+
+
+def rgb_pixels(image: Image.Image, *, apply_exif: bool) -> NDArray[np.uint8]:
+    """Decode an open Pillow image to (H, W, 3) uint8 RGB; see `decode_image`."""
+    transpose = _TRANSPOSE.get(_orientation(image)) if apply_exif else None
+    rgb = to_rgb(image)
+    return np.array(rgb.transpose(transpose) if transpose is not None else rgb)
+
+
+def decode_at_least(
+    store: ImageStore,
+    name: str,
+    *,
+    apply_exif: bool,
+    needed_size: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
+) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """Decode an image of a store like `decode_image`; a colour JPEG maybe at exactly 1/2, 1/4 or 1/8 of its size.
+
+    The JPEG decoder computes nearly the means of 2 x 2, 4 x 4 or 8 x 8 pixels in less time than the pixels, which is
+    most of what resizing by areas would do next. (Chroma stored at half the width only, 4:2:2, stays less sharp.)
+
+    Args:
+        store: the image store.
+        name: of the image in the store.
+        apply_exif: whether to rotate or mirror the image by its EXIF orientation.
+        needed_size: maps the image's height and width to those that are enough; None: all pixels.
 
     Returns:
-        The pixels, and height and width of the whole picture.
+        The pixels, and height and width of the whole image.
+
+    Raises:
+        ImageError: see `decode_image`.
     """
-    with _opened(path) as image:
-        turn = _TRANSPOSE.get(_orientation(image)) if apply_exif else None
-        size = image.height, image.width
-        swapped = turn in _SWAPPING
-        size = size[::-1] if swapped else size
-        least = (0, 0) if enough is None else part_of(size, enough(size))
+    with open_image(store, name) as (image, file):
+        orientation = _orientation(image) if apply_exif else 1
+        transpose, exchanged = _TRANSPOSE.get(orientation), orientation >= 5
+        size = (image.width, image.height) if exchanged else (image.height, image.width)
+        least = (0, 0) if needed_size is None else reduced_size(size, needed_size(size))
         pixels = None
         if image.format == "JPEG" and image.mode == "RGB":
-            pixels = _usual_jpeg(path, least[::-1] if swapped else least)
+            file.seek(0)
+            pixels = _decode_jpeg(file.read(), least[::-1] if exchanged else least)
         if pixels is None:
-            rgb = _to_rgb(image)
-            return np.array(rgb.transpose(turn) if turn is not None else rgb), size
-        if turn is not None:
-            pixels = np.array(Image.fromarray(pixels).transpose(turn))
+            return rgb_pixels(image, apply_exif=apply_exif), size
+        if transpose is not None:
+            pixels = np.array(Image.fromarray(pixels).transpose(transpose))
         return pixels, size
 
 
-def part_of(size: tuple[int, int], enough: tuple[int, int]) -> tuple[int, int]:
-    """An eighth, a quarter or a half of a size, or all of it: the smallest that is enough and without a rest, because a rest
-    would become a row of its own, and everything would lie beside where its box says."""
+def reduced_size(size: tuple[int, int], needed: tuple[int, int]) -> tuple[int, int]:
+    """Return the smallest of 1/8, 1/4, 1/2 and all of a size that is at least the `needed` size.
+
+    Only divisors without a remainder count: the decoder would make a row of its own from a remainder, and everything
+    would be shifted against its boxes.
+    """
     height, width = size
     for factor in (8, 4, 2):
-        if height % factor == width % factor == 0 and enough[0] * factor <= height and enough[1] * factor <= width:
+        if height % factor == width % factor == 0 and needed[0] * factor <= height and needed[1] * factor <= width:
             return height // factor, width // factor
     return size
 
 
-def _usual_jpeg(path: Path, least: tuple[int, int] = (0, 0)) -> NDArray[np.uint8] | None:
-    """A colour JPEG's pixels: those of Pillow, whose decoder it is, in three quarters of the time, because they are written
-    where they stay; or at the decoder's smallest size of at least so much. None where the decoder had anything to remark, which is
-    then left to Pillow to judge."""
+def _decode_jpeg(data: bytes, least: tuple[int, int] = (0, 0)) -> NDArray[np.uint8] | None:
+    """Decode a colour JPEG at the smallest size the decoder offers of at least `least`.
+
+    The pixels are Pillow's, which uses the same decoder, in three quarters of the time, because they are written where
+    they stay. Returns None where the decoder had a warning; Pillow then decides.
+    """
     try:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-            path.read_bytes(), "RGB", min_height=least[0], min_width=least[1], strict=True
+            data, "RGB", min_height=least[0], min_width=least[1], strict=True
         )
     except ValueError:
         return None
@@ -130,41 +152,55 @@ def _usual_jpeg(path: Path, least: tuple[int, int] = (0, 0)) -> NDArray[np.uint8
 
 
 def read_header(path: Path) -> ImageHeader:
-    """Size, mode and orientation without decoding; raises `ImageError` for all that shows without the pixels."""
-    with _opened(path) as image:
-        return _header(image)
+    """Read size, mode and orientation without decoding.
+
+    Raises:
+        ImageError: the header shows that the image cannot be used.
+    """
+    with open_image(FILES, str(path)) as (image, _):
+        return header_of(image)
 
 
 @contextmanager
-def _opened(path: Path | str) -> Iterator[Image.Image]:
-    """The open image; whatever the decoder trips over while it is open becomes an `ImageError`."""
+def open_image(store: ImageStore, name: str) -> Iterator[tuple[Image.Image, BinaryIO]]:
+    """Open an image of a store, without decoding it; yield it and its file.
+
+    Raises:
+        ImageError: any error of opening or decoding, also inside the block.
+    """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{path}: image must have at most {MAX_PIXELS:,} pixels, got {image.size}")
-            if image.mode == "F":
-                raise ImageError(
-                    f"{path}: pixels must be integers, got floating point (mode F), where the file does not say which "
-                    "value is white; save it as 8-bit or 16-bit"
-                )
-            yield image
-    except ImageError:
-        raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on damaged files
-        raise ImageError(f"{path}: {_reason(path, error)}") from error
+        with store.open(name) as file:
+            try:
+                with Image.open(file, formats=FORMATS) as image:
+                    if image.width * image.height > MAX_PIXELS:
+                        raise ImageError(f"image must have at most {MAX_PIXELS:,} pixels, got {image.size}")
+                    if image.mode == "F":
+                        raise ImageError(
+                            "pixels must be integers, got floating point (mode F), where the file does not state which "
+                            "value is white; save it as 8-bit or 16-bit"
+                        )
+                    yield image, file
+            except ImageError:
+                raise
+            except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on damaged files
+                raise ImageError(_reason(file, error)) from error
+    except ImageError as error:
+        raise ImageError(f"{store.describe(name)}: {error}") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ImageError(f"{store.describe(name)}: no such file") from error
+    except IsADirectoryError as error:
+        raise ImageError(f"{store.describe(name)}: is a folder, not an image") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise ImageError(f"{store.describe(name)}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _reason(path: Path | str, error: Exception) -> str:
-    """Why a file is no usable image, in words; looks at its first bytes for the usual suspects."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return "no such file"
-    if os.path.isdir(path):
-        return "is a folder, not an image"
+def _reason(file: BinaryIO, error: Exception) -> str:
+    """Explain why a file is no usable image; its first bytes show the usual causes."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(64).lstrip().lower()
-    except (OSError, ValueError) as unreadable:
-        return str(getattr(unreadable, "strerror", None) or unreadable)
+        file.seek(0)
+        head = file.read(64).lstrip().lower()
+    except OSError as unreadable:
+        return unreadable.strerror or str(unreadable)
     if not head:
         return "the file is empty"
     if head.startswith(b"version https://git-lfs"):
@@ -176,7 +212,8 @@ def _reason(path: Path | str, error: Exception) -> str:
     return f"cannot be decoded: {error}" if str(error) else f"cannot be decoded ({type(error).__name__})"
 
 
-def _header(image: Image.Image) -> ImageHeader:
+def header_of(image: Image.Image) -> ImageHeader:
+    """Return the header of an open image."""
     mode = image.mode
     tiles = getattr(image, "tile", None)
     if mode not in DEEP_GREY and tiles and ";16" in str(tiles[0][3]):
@@ -185,26 +222,26 @@ def _header(image: Image.Image) -> ImageHeader:
 
 
 def _orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":  # already turned by Pillow
+    if image.format == "TIFF":  # Pillow has applied it
         return 1
     try:
         # The base class's method: PNG's own would decode all pixels in search of EXIF data behind them.
         value = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001 - EXIF that cannot be parsed says nothing about the orientation
+    except Exception:  # noqa: BLE001 - EXIF that cannot be parsed has no orientation
         return 1
     return value if isinstance(value, int) and value in _TRANSPOSE else 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an open image to RGB by the rules of this module. Raises `ImageError`, and whatever the decoder raises."""
     if image.mode in DEEP_GREY:
         deep = np.asarray(image).astype(np.int64)
         if deep.size and (deep.min() < 0 or deep.max() > 65535):
             raise ImageError(
-                f"{getattr(image, 'filename', 'image')}: integer pixels must lie in 0..65535, "
-                f"got {deep.min()}..{deep.max()}; save it as 8-bit or 16-bit"
+                f"integer pixels must lie in 0..65535, got {deep.min()}..{deep.max()}; save it as 8-bit or 16-bit"
             )
         image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
     else:
         image.load()
-    image.info.pop("transparency", None)  # or Pillow warns that dropping it loses something, for every palette image
+    image.info.pop("transparency", None)  # or Pillow warns, for every palette image, that dropping it loses information
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""From keys to batches: decode, augment, resize, mirror, pad; in worker processes."""
+"""From sample keys to batches: read, augment, resize, mirror, pad; in worker processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,34 +19,41 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from detector.config import Resize
 from detector.datasets.augment import Augmentation
-from detector.datasets.cache import PictureCache
-from detector.datasets.coco import CocoDataset, Objects
-from detector.datasets.images import decode_at_least, part_of
+from detector.datasets.cache import ImageCache
+from detector.datasets.coco import CocoDataset
+from detector.datasets.images import decode_at_least, reduced_size
+from detector.datasets.objects import NO_OBJECTS, Objects
 from detector.datasets.sampling import SampleKey
 from detector.datasets.transforms import (
-    Resize,
+    View,
     fit_inside,
-    mirror,
+    mirror_randomly,
     resize_batch,
-    resize_picture,
+    resize_image,
+    resize_view,
     resized_size,
-    scale_objects,
 )
 from detector.errors import ImageError
 from detector.structures import Batch, Targets, Unresized
 
-EVERYWHERE = np.array([[-1e6, -1e6, 1e6, 1e6]], dtype=np.float32)
-"""An ignore box that takes in every anchor: its picture teaches nothing."""
+IGNORE_EVERYWHERE = np.array([[-1e6, -1e6, 1e6, 1e6]], dtype=np.float32)
+"""An ignore box that covers every anchor, so that its image contributes nothing to the loss."""
 
-EMPTY = Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros((0, 4), np.float32))
+DECODED_SIZE = 0
+"""The cache's key for images of their original size; the other keys are short sides."""
 
-AS_READ = 0
-"""What a cache calls the size that pictures have of themselves; the others are short sides."""
+MIRRORING, COMPOSING = 1, 2**31
+"""Ends of the seeds of mirroring and composing; that of augmentation ends with the number of the copy, if any."""
+
+Compose = Callable[[Callable[[int], View], int, np.random.Generator], View]
+"""Makes a training image of several: called with a function that reads the image at an index, the sample's own index,
+and a random generator."""
 
 
 class Sample(NamedTuple):
-    """One picture, ready but for padding (and, where `size` is not the image's, for resizing)."""
+    """One image, complete but for padding (and, where `size` is not the image's, for resizing)."""
 
     image: NDArray[np.uint8]  # (h, w, 3) RGB
     size: tuple[int, int]
@@ -57,18 +64,31 @@ class Sample(NamedTuple):
     key: SampleKey
 
 
-class DetectionDataset(Dataset[Sample]):
-    """Pictures and objects at the size the network wants them.
+class UnreadableImage(Exception):  # noqa: N818 (it is no error where unreadable images are skipped)
+    """An image that is skipped because it cannot be read.
 
     Args:
-        coco: the annotations.
+        index: its position in the dataset.
+    """
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"image {index} cannot be read")
+        self.index = index
+
+
+class DetectionDataset(Dataset[Sample]):
+    """Images and objects, resized for the network.
+
+    Args:
+        coco: the dataset.
         max_size: bound of the long side in pixels.
-        resize: how pictures get their size; "float_bilinear" leaves it to the device.
-        hflip: chance of mirroring.
-        augmentation: applied to the picture as read, before resizing; None in evaluation.
+        resize: how images are resized; "float_bilinear" leaves it to the device.
+        hflip: probability of mirroring.
+        compose: makes a training image of several images; None: of one.
+        augmentation: applied before resizing; None in evaluation.
         seed: of the run.
-        skip_unreadable: give a filler for a picture that can no longer be read, with a warning, instead of failing.
-        scaled_decode: read large JPEG files at a half, a quarter or an eighth of their size where that is enough.
+        skip_unreadable: whether an image that can no longer be read is replaced by a filler, with a warning, or raises.
+        scaled_decode: whether large JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where that is enough.
     """
 
     def __init__(
@@ -78,6 +98,7 @@ class DetectionDataset(Dataset[Sample]):
         max_size: int,
         resize: Resize = "area",
         hflip: float = 0.0,
+        compose: Compose | None = None,
         augmentation: Augmentation | None = None,
         seed: int = 0,
         skip_unreadable: bool = False,
@@ -87,95 +108,104 @@ class DetectionDataset(Dataset[Sample]):
         self.max_size = max_size
         self.resize: Resize = resize
         self.hflip = hflip
+        self.compose = compose
         self.augmentation = augmentation
         self.seed = seed
         self.skip_unreadable = skip_unreadable
-        self.scaled_decode = scaled_decode
-        self.cache: PictureCache | None = None
-        self.keeps_whole = False
-        self._told: set[int] = set()
+        self.cache: ImageCache | None = None
+        self.caches_decoded = False
+        """Whether the cache contains images of their original size."""
+        self.resizes_on_reading = compose is None and augmentation is None and resize != "float_bilinear"
+        """Whether an image is resized before anything else, so that nothing but the resized image is needed."""
+        self.decodes_scaled = scaled_decode and self.resizes_on_reading and resize == "area"
+        self._warned: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.coco)
 
     def __getitem__(self, key: SampleKey) -> Sample:
         if key.index < 0:
-            return _filler(key, index=-1)
-        kept = self._kept(key)
-        if kept is not None:
-            image, before = kept
-        else:
+            return _filler(key)
+        try:
+            if self.compose is None:
+                view = self._read(key.index, key)
+            else:
+                view = self.compose(partial(self._read, key=key), key.index, self._rng(key, COMPOSING))
+        except UnreadableImage as unreadable:
+            return _filler(key._replace(index=_encode_unreadable(unreadable.index)))
+        original_size = view.size
+        if self.augmentation is not None:
+            view = self.augmentation(view, self._rng(key), name=self.coco.describe(key.index))
+        view = resize_view(view, self._size(view.size, key), self.resize)
+        if self.hflip:
+            view = mirror_randomly(view, self._rng(key, MIRRORING), probability=self.hflip)
+        return Sample(*view, int(self.coco.image_ids[key.index]), original_size, key)
+
+    def _rng(self, key: SampleKey, *stream: int) -> np.random.Generator:
+        """Return a random generator for one sample; the streams are independent of each other."""
+        copy = [1 + key.copy] if key.copy else []
+        return np.random.default_rng([self.seed, key.epoch, key.index, *copy, *stream])
+
+    def _read(self, index: int, key: SampleKey) -> View:
+        """Read an image with its objects, from the cache or the store."""
+        image, size = self._cached(index, key)
+        if image is None:
             try:
-                image, before = self._read(key)
+                image, size = self._decode(index, key)
             except (ImageError, OSError) as error:
                 if not self.skip_unreadable:
                     raise
-                if key.index not in self._told:
-                    self._told.add(key.index)
-                    print(f"warning: {error}; it is left out (data.on_error is skip)", file=sys.stderr, flush=True)
-                return _filler(key, index=unreadable(key.index))
-            self._keep(key, image, before)
-        original_size = before
-        objects = self.coco.objects(key.index)
-        seed = [self.seed, key.epoch, key.index, *[1 + key.copy] * (key.copy > 0)]
-        if self.augmentation is not None:
-            image, objects = self.augmentation(image, objects, seed=seed, name=str(self.coco.path(key.index)))
-            before = (image.shape[0], image.shape[1])
-        size = self._size(before, key)
-        objects = scale_objects(objects, before, size)
-        if self.resize != "float_bilinear":
-            image = resize_picture(image, size, self.resize)
-        # its own stream (the trailing 1), so that mirroring is independent of the augmentation's draws
-        if self.hflip and np.random.default_rng([*seed, 1]).random() < self.hflip:
-            image, objects = mirror(image, objects, width=size[1])
-        return Sample(image, size, objects, int(self.coco.image_ids[key.index]), original_size, key)
+                if index not in self._warned:
+                    self._warned.add(index)
+                    print(f"warning: {error}; skipped (data.on_error is skip)", file=sys.stderr, flush=True)
+                raise UnreadableImage(index) from error
+            if self.cache is not None and size == tuple(self.coco.sizes[index]):
+                self.cache.put(index, self._cache_key(key), image)
+        return View(image, size, self.coco.objects(index))
 
-    def _read(self, key: SampleKey) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-        """A picture as it is kept, or would be: as read or, where nothing comes before that, at its size for the network; and
-        its whole size."""
-        coarse = partial(self._size, key=key) if self.decodes_coarsely else None
-        image, whole = decode_at_least(self.coco.path(key.index), apply_exif=self.coco.apply_exif, enough=coarse)
-        if self.resizes_first and not self.keeps_whole:
-            image = resize_picture(image, self._size(whole, key), self.resize)
-        return image, whole
+    def _decode(self, index: int, key: SampleKey) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+        """Decode an image, and resize it where nothing comes before that; return it and its original size."""
+        image, size = decode_at_least(
+            self.coco.image_store,
+            self.coco.file_name(index),
+            apply_exif=self.coco.apply_exif,
+            needed_size=partial(self._size, key=key) if self.decodes_scaled else None,
+        )
+        if self.resizes_on_reading and not self.caches_decoded:
+            image = resize_image(image, self._size(size, key), self.resize)
+        return image, size
 
-    def _kept(self, key: SampleKey) -> tuple[NDArray[np.uint8], tuple[int, int]] | None:
-        """The same from the cache, if there is one and it is there."""
+    def _cached(self, index: int, key: SampleKey) -> tuple[NDArray[np.uint8] | None, tuple[int, int]]:
+        """Return what `_decode` returned before, or None in place of the image."""
+        height, width = self.coco.sizes[index].tolist()
+        size = height, width
         if self.cache is None:
-            return None
-        height, width = self.coco.sizes[key.index].tolist()
-        whole = height, width
-        if self.keeps_whole and self.decodes_coarsely and part_of(whole, self._size(whole, key)) != whole:
-            return None  # read at a part of its size, it looks a little otherwise
-        image = self.cache.get(key.index, AS_READ if self.keeps_whole else key.min_size)
-        return (image, whole) if image is not None else None
+            return None, size
+        if self.caches_decoded and self.decodes_scaled and reduced_size(size, self._size(size, key)) != size:
+            return None, size  # its pixels differ slightly from those of a scaled decoding
+        return self.cache.get(index, self._cache_key(key)), size
 
-    def _keep(self, key: SampleKey, image: NDArray[np.uint8], whole: tuple[int, int]) -> None:
-        if self.cache is not None and whole == tuple(self.coco.sizes[key.index]):
-            self.cache.put(key.index, AS_READ if self.keeps_whole else key.min_size, image)
+    def _cache_key(self, key: SampleKey) -> int:
+        return DECODED_SIZE if self.caches_decoded else key.min_size
 
     def _size(self, size: tuple[int, int], key: SampleKey) -> tuple[int, int]:
         resized = resized_size(size, min_size=key.min_size, max_size=self.max_size, resize=self.resize)
         return fit_inside(resized, key.canvas)
 
-    @property
-    def resizes_first(self) -> bool:
-        """Whether pictures are resized as soon as they are read, so that this is all there is to read of them."""
-        return self.augmentation is None and self.resize != "float_bilinear"
-
-    @property
-    def decodes_coarsely(self) -> bool:
-        """Whether a picture may be read at a part of its size."""
-        return self.scaled_decode and self.resizes_first and self.resize == "area"
-
-    def keep_pictures(
+    def enable_cache(
         self, limit: int, *, min_sizes: Sequence[int], folder: Path | None = None, shared: str | None = None
-    ) -> PictureCache:
-        """From now on keep what is read (`datasets.cache`), at most `limit` bytes, for steps of these short sides: resized, or
-        whole, if something comes before resizing or that is less than the picture at all its sizes.
+    ) -> ImageCache:
+        """Cache images from now on, for steps of these short sides.
+
+        Images are cached resized; decoded, if anything comes before resizing or if that takes less room than all sizes.
+
+        Args:
+            limit: of the cache in bytes.
+            min_sizes: the short sides.
+            folder, shared: see `ImageCache`.
 
         Raises:
-            OSError: the disk has no room.
+            OSError: the disk is too full.
         """
         sizes = {}
         for side in dict.fromkeys(min_sizes):
@@ -184,25 +214,33 @@ class DetectionDataset(Dataset[Sample]):
                 for h, w in self.coco.sizes.tolist()
             ]
             sizes[side] = np.array(resized, np.int64).reshape(-1, 2)
-        whole = self.coco.sizes.astype(np.int64)
-        of_all_sizes = sum(int(s.prod(axis=1).sum()) for s in sizes.values())
-        self.keeps_whole = not self.resizes_first or int(whole.prod(axis=1).sum()) < of_all_sizes
-        self.cache = PictureCache({AS_READ: whole} if self.keeps_whole else sizes, limit, folder=folder, shared=shared)
+        decoded = self.coco.sizes.astype(np.int64)
+        area_of_all_sizes = sum(int(s.prod(axis=1).sum()) for s in sizes.values())
+        self.caches_decoded = not self.resizes_on_reading or int(decoded.prod(axis=1).sum()) < area_of_all_sizes
+        if self.caches_decoded:
+            sizes = {DECODED_SIZE: decoded}
+        self.cache = ImageCache(sizes, limit, folder=folder, shared=shared)
         return self.cache
 
 
-def _filler(key: SampleKey, *, index: int) -> Sample:
-    pixel = np.zeros((1, 1, 3), np.uint8)
-    return Sample(pixel, (1, 1), EMPTY._replace(ignore_boxes=EVERYWHERE), -1, (1, 1), key._replace(index=index))
+def _filler(key: SampleKey) -> Sample:
+    """Return a black image that is ignored everywhere."""
+    objects = NO_OBJECTS._replace(ignore_boxes=IGNORE_EVERYWHERE)
+    return Sample(np.zeros((1, 1, 3), np.uint8), (1, 1), objects, -1, (1, 1), key)
 
 
-def unreadable(index: int) -> int:
-    """What stands in `Batch.index` for a picture that could not be read; its own inverse."""
+def _encode_unreadable(index: int) -> int:
+    """Return the index of a filler that replaces an unreadable image; its own inverse."""
     return -2 - index
 
 
+def unreadable_images(batch: Batch) -> list[int]:
+    """Return the positions in the dataset of images that could not be read."""
+    return [_encode_unreadable(index) for index in batch.index.tolist() if index < -1]
+
+
 def too_many_unreadable(count: int, total: int) -> bool:
-    """Whether so many pictures of a set are no accident: more than a twentieth (and 5, and all but one of a tiny set)."""
+    """Whether more images than a few are unreadable: more than a twentieth (and than 5, or all but one)."""
     return count > min(total - 1, max(5, total // 20))
 
 
@@ -214,19 +252,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     if any(s.size != size for s, size in zip(samples, sizes, strict=True)):
         unresized = Unresized(sizes, [s.size for s in samples], canvas)
         canvas = (max(h for h, _ in sizes), max(w for _, w in sizes))
-    # channels last in memory, as the pictures come and as the network wants them
+    # channels last in memory, as in the decoded images and as the network wants them
     images = _zeros((len(samples), *canvas, 3))
     for image, sample in zip(images.numpy(), samples, strict=True):
         image[: sample.image.shape[0], : sample.image.shape[1]] = sample.image
-    objects = [sample.objects for sample in samples]
-    targets = Targets(
-        _pad([o.boxes for o in objects], 0.0),
-        _pad([o.labels for o in objects], -1),
-        _pad([o.ignore_boxes for o in objects], 0.0),
-    )
     return Batch(
         images=images.permute(0, 3, 1, 2),
-        targets=targets,
+        targets=_collate_objects([sample.objects for sample in samples]),
         image_ids=torch.tensor([s.image_id for s in samples]),
         image_sizes=torch.tensor([s.size for s in samples]),
         original_sizes=torch.tensor([s.original_size for s in samples]),
@@ -235,8 +267,26 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
+def _collate_objects(objects: Sequence[Objects]) -> Targets:
+    """Pad the objects of a batch; weights and class mask are present where any image has them."""
+    weights = class_mask = None
+    if any("weights" in o.extras for o in objects):
+        weights = _pad([o.extras.get("weights", np.ones(len(o.boxes))).astype(np.float32) for o in objects], 0.0)
+    masks = [o.class_mask for o in objects]
+    if any(mask is not None for mask in masks):
+        everything = np.ones_like(next(mask for mask in masks if mask is not None))
+        class_mask = torch.from_numpy(np.stack([everything if mask is None else mask for mask in masks]))
+    return Targets(
+        _pad([o.boxes for o in objects], 0.0),
+        _pad([o.labels for o in objects], -1),
+        _pad([o.ignore_boxes for o in objects], 0.0),
+        weights,
+        class_mask,
+    )
+
+
 def _zeros(shape: tuple[int, ...]) -> Tensor:
-    """uint8; in a worker where the main process will read it, which spares it a copy."""
+    """Return uint8 zeros; in a worker, in memory that the main process reads without a copy."""
     if torch.utils.data.get_worker_info() is None:
         return torch.zeros(shape, dtype=torch.uint8)
     memory = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
@@ -244,11 +294,11 @@ def _zeros(shape: tuple[int, ...]) -> Tensor:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch to a device, asynchronously where it is pinned, and do there what the loader left undone."""
+    """Copy a batch to a device, asynchronously where it is pinned, and resize it there where the loader did not."""
     images = batch.images.to(device, non_blocking=True)
     return Batch(
         resize_batch(images, batch.unresized) if batch.unresized is not None else images,
-        Targets(*(t.to(device, non_blocking=True) for t in batch.targets)),
+        batch.targets.to(device, non_blocking=True),
         image_ids=batch.image_ids.to(device, non_blocking=True),
         image_sizes=batch.image_sizes.to(device, non_blocking=True),
         original_sizes=batch.original_sizes.to(device, non_blocking=True),
@@ -257,7 +307,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _pad(arrays: Sequence[NDArray[np.generic]], value: float) -> Tensor:
-    """Rows for the longest, and more."""
+    """Stack arrays of different lengths, padded with a value."""
     length = padded_rows(max(len(a) for a in arrays))
     padded = np.full((len(arrays), length, *arrays[0].shape[1:]), value, dtype=arrays[0].dtype)
     for row, array in zip(padded, arrays, strict=True):
@@ -266,14 +316,14 @@ def _pad(arrays: Sequence[NDArray[np.generic]], value: float) -> Tensor:
 
 
 def padded_rows(longest: int) -> int:
-    """Rows of padded targets: a power of two, at least 8, so that there are few lengths; matching may be compiled for each."""
+    """Return the rows of padded targets: a power of two from 8 on, because matching may be compiled for each number."""
     return max(8, 1 << (longest - 1).bit_length()) if longest else 0
 
 
 def build_loader(
     dataset: DetectionDataset, batches: Iterable[list[SampleKey]], *, num_workers: int, pin_memory: bool = False
 ) -> DataLoader[Batch]:
-    """A loader that gives one `Batch` per list of keys."""
+    """Build a loader that yields one `Batch` per list of keys."""
     atexit.unregister(_end_workers)
     atexit.register(_end_workers)
     return DataLoader(
@@ -287,8 +337,10 @@ def build_loader(
 
 
 def _start_worker(_: int) -> None:
-    """One of several, so one thread each. Signals are the main process's affair, which needs the last batches to end
-    well; it tells its workers to leave, and they leave by themselves when it is gone."""
+    """Use one thread, and ignore signals: the main process handles them, and needs the last batches to end well.
+
+    It stops its workers, and they stop by themselves when it has ended.
+    """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -296,11 +348,13 @@ def _start_worker(_: int) -> None:
 
 
 def _end_workers() -> None:
-    """At exit multiprocessing sends SIGTERM to workers that an error left behind, and waits for them for ever, because
-    they ignore it; atexit runs this before."""
+    """Kill the workers that an error left running, at exit.
+
+    multiprocessing would send them SIGTERM and wait forever, because they ignore it; atexit runs this before.
+    """
     left = [process for process in multiprocessing.active_children() if process.daemon]
     if left:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end a failure
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end as a failure
     for process in left:
         process.kill()
         process.join()

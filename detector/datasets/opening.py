@@ -1,24 +1,201 @@
-"""Open and check the training, validation and test sets of a config."""
+"""Open COCO datasets: read, inspect, report, and refuse what training must not use."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
+from typing import Any
 
-from detector.config import Config, SplitConfig
-from detector.datasets.coco import CocoDataset, read_coco
+from detector.config import Config, Exif, OnError, SplitConfig, Verify
+from detector.datasets.coco import CocoDataset
+from detector.datasets.coco_json import load_json, other_format, read_annotations, read_categories, read_images
+from detector.datasets.inspection import Inspection, inspect_tables
+from detector.datasets.missing_paths import missing_image_hint, nearest_path
+from detector.datasets.problems import WHOLE_DATASET, Problem, examples, group, problem, table, wrap, write_problems
+from detector.datasets.store import FolderStore, ImageStore
 from detector.errors import DatasetError
 from detector.structures import Categories
+
+MAX_FATAL = 40
+"""Fatal problems of one kind that a message lists."""
+
+
+def read_coco(
+    annotations: Path,
+    images: Path | ImageStore | None,
+    *,
+    verify: Verify = "auto",
+    on_error: OnError = "fail",
+    exif: Exif = "auto",
+    categories: Categories | None = None,
+    progress: bool = True,
+    problems_file: Path | None = None,
+) -> CocoDataset:
+    """Open and check a COCO-format dataset.
+
+    Args:
+        annotations: the annotation file.
+        images: the image folder, or another image store; None reads the annotations alone.
+        verify: how image files are checked: every pixel ("decode"), headers, not at all ("none": sizes and existence
+            are taken from the annotations), or depending on the number of images ("auto").
+        on_error: whether errors refuse the dataset, or what has them is left out.
+        exif: "auto" infers from the declared sizes whether the annotations were made on rotated images.
+        categories: the classes of training, to be matched by name; None: all declared categories, sorted by id.
+        progress: whether to print progress and problems to stderr.
+        problems_file: receives the complete list of problems, one per line.
+
+    Raises:
+        DatasetError: the dataset cannot be used; the message reports all problems.
+    """
+    inspection = inspect_coco(
+        annotations,
+        images,
+        verify=verify,
+        exif=exif,
+        categories=categories,
+        progress=progress,
+        problems_file=problems_file,
+    )
+    return accept(inspection, on_error=on_error, progress=progress, problems_file=problems_file)
+
+
+def inspect_coco(
+    annotations: Path,
+    images: Path | ImageStore | None,
+    *,
+    verify: Verify,
+    exif: Exif,
+    categories: Categories | None,
+    progress: bool,
+    problems_file: Path | None,
+) -> Inspection:
+    """Read and check a COCO-format dataset, whatever is wrong with it; see `read_coco`."""
+    annotations = Path(annotations)
+    problems: list[Problem] = []
+    if isinstance(images, str | os.PathLike):
+        store: ImageStore | None = FolderStore(Path(images))
+        if not os.path.isdir(images):
+            store = None
+            problems.append(problem("image folder", str(images), f"no such image folder{nearest_path(Path(images))}"))
+    else:
+        store = images
+    content = _load(annotations, problems)
+    if content is None:
+        inspection = Inspection(annotations, group(problems))
+    else:
+        declared = read_categories(annotations, content["categories"], problems)
+        image_table = read_images(content["images"], problems, with_files=store is not None)
+        annotation_table = read_annotations(content["annotations"], problems)
+        del content  # with a large dataset, the parsed JSON is most of this process
+        inspection = inspect_tables(
+            annotations,
+            image_table,
+            annotation_table,
+            declared,
+            store=store,
+            training_categories=categories,
+            verify=verify,
+            exif=exif,
+            progress=progress,
+            problems=problems,
+        )
+    # A check of nothing must not delete the list of an earlier one.
+    if problems_file is not None and (inspection.findings or verify != "none"):
+        write_problems(Path(problems_file), inspection.findings)
+    return inspection
+
+
+def _load(annotations: Path, problems: list[Problem]) -> dict[str, list[Any]] | None:
+    """Parse a COCO file; where it is none, add a problem and return None."""
+    try:
+        content: dict[str, list[Any]] = load_json(annotations)
+    except DatasetError as error:
+        detail = str(error).removeprefix(f"{annotations}: ")
+        problems.append(problem("annotation file", str(annotations), detail))
+        return None
+    other = other_format(content)
+    if other is not None:
+        problems.append(problem("file format", str(annotations), f"must be a COCO annotation file, got {other}"))
+        return None
+    return content
+
+
+def accept(inspection: Inspection, *, on_error: OnError, progress: bool, problems_file: Path | None) -> CocoDataset:
+    """Return the dataset of an inspection, or refuse it; with `progress`, print to stderr what is wrong with it.
+
+    Raises:
+        DatasetError: it has a fatal finding, or errors unless `on_error` is "skip".
+    """
+    findings = inspection.findings
+    if any(f.severity == "fatal" or (f.severity == "error" and on_error == "fail") for f in findings):
+        raise DatasetError(_refusal(inspection, problems_file))
+    if progress and findings:
+        listed = f" (listed in {problems_file})" if problems_file else ""
+        count = sum(len(finding.problems) for finding in findings)
+        lines = [f"{inspection.source}: {count:,} problem{'s' * (count != 1)}{listed}", table(findings)]
+        for finding in findings:
+            if finding.kind in WHOLE_DATASET:
+                lines += [wrap(f"warning: {one.where}: {one.detail}; {finding.remedy}") for one in finding.problems]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    assert inspection.dataset is not None, "without a fatal finding, there is a dataset"
+    return inspection.dataset
+
+
+def _refusal(inspection: Inspection, problems_file: Path | None) -> str:
+    """Explain why a dataset is refused: what is wrong, how often, with examples and remedies."""
+    findings = inspection.findings
+    fatal = [finding for finding in findings if finding.severity == "fatal"]
+    errors = [finding for finding in findings if finding.severity == "error"]
+    handled = [finding for finding in findings if finding.severity not in ("fatal", "error")]
+    lines = []
+    for finding in fatal:
+        lines += [f"{one.where}: {one.detail}" for one in finding.problems[:MAX_FATAL]]
+        if len(finding.problems) > MAX_FATAL:
+            lines.append(f"  ... and {len(finding.problems) - MAX_FATAL:,} more")
+    if not fatal:
+        count = sum(len(finding.problems) for finding in errors)
+        some = f"{count:,} error{'s' * (count != 1)}"
+        lines.append(f"{inspection.source}: refused for {some} that would change the training data")
+    if errors or handled:
+        lines += ["", table(errors + handled, refused=True), "", "examples", examples(errors + handled), ""]
+        if problems_file is not None:
+            lines.append(f"complete list: {problems_file} ({sum(len(f.problems) for f in findings):,} lines)")
+    advice = [f"{finding.kind}: {finding.remedy}" for finding in findings if finding.remedy]
+    if inspection.missing is not None:
+        advice.append(missing_image_hint(*inspection.missing))
+    if not fatal:
+        left_out = inspection.num_images - inspection.num_usable
+        advice.append(
+            f"or set data.on_error=skip, which uses {inspection.num_usable:,} of {inspection.num_images:,} images and "
+            f"leaves out {left_out:,} with {inspection.num_lost_annotations:,} annotations"
+        )
+    if any(advice):
+        lines.append("what to do")
+        lines += [wrap(text, "  - ", "    ") for text in advice if text]
+    return "\n".join(lines)
 
 
 def open_split(
     config: Config, split: SplitConfig, *, categories: Categories | None, problems_file: Path | None
 ) -> CocoDataset:
-    """Read and check one set of pictures; `problems_file` None is for the processes that keep quiet."""
-    return read_coco(
+    """Open one split with the settings of `data`; without a `problems_file`, nothing is printed.
+
+    Raises:
+        DatasetError: the split cannot be used.
+    """
+    inspection = _inspect_split(config, split, categories, problems_file)
+    progress = problems_file is not None
+    return accept(inspection, on_error=config.data.on_error, progress=progress, problems_file=problems_file)
+
+
+def _inspect_split(
+    config: Config, split: SplitConfig, categories: Categories | None, problems_file: Path | None
+) -> Inspection:
+    return inspect_coco(
         Path(split.annotations),
         Path(split.images),
         verify=config.data.verify,
-        on_error=config.data.on_error,
         exif=config.data.exif,
         categories=categories,
         progress=problems_file is not None,
@@ -29,27 +206,36 @@ def open_split(
 def open_datasets(
     config: Config, output_dir: Path, *, quiet: bool
 ) -> tuple[CocoDataset, CocoDataset | None, CocoDataset | None]:
-    """Read and check the train, val and test sets; the latter two with the classes of the first.
+    """Open the training, validation and test sets; the classes of the latter two are matched with those of training.
+
+    Args:
+        config: its `data`.
+        output_dir: receives the lists of problems.
+        quiet: whether to print and write nothing, as all processes but the first.
 
     Raises:
         DatasetError: what is wrong with any of them, together.
     """
+    datasets: list[CocoDataset | None] = []
     refusals: list[str] = []
-
-    def opened(name: str, split: SplitConfig | None, categories: Categories | None) -> CocoDataset | None:
+    classes = None
+    for name in ("train", "val", "test"):
+        split: SplitConfig | None = getattr(config.data, name)
         if split is None:
-            return None
+            datasets.append(None)
+            continue
         problems_file = None if quiet else output_dir / f"problems_{name}.tsv"
+        inspection = _inspect_split(config, split, classes, problems_file)
+        if name == "train":
+            classes = inspection.categories
         try:
-            return open_split(config, split, categories=categories, problems_file=problems_file)
+            datasets.append(
+                accept(inspection, on_error=config.data.on_error, progress=not quiet, problems_file=problems_file)
+            )
         except DatasetError as error:
             refusals.append(str(error))
-            return None
-
-    train_set = opened("train", config.data.train, None)
-    classes = train_set.categories if train_set is not None else None
-    val_set, test_set = opened("val", config.data.val, classes), opened("test", config.data.test, classes)
     if refusals:
         raise DatasetError("\n\n".join(refusals))
-    assert train_set is not None, "require_settings has looked"
+    train_set, val_set, test_set = datasets
+    assert train_set is not None, "require_settings has checked that data.train is set"
     return train_set, val_set, test_set

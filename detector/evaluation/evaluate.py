@@ -1,23 +1,23 @@
-"""Running a detector over a dataset and scoring what it finds; and proving the way there and back."""
+"""Evaluating a model on a dataset: detect in every image, then score the detections."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from detector import distributed
 from detector.config import Config
 from detector.datasets.coco import CocoDataset
-from detector.datasets.loader import DetectionDataset, build_loader, to_device, too_many_unreadable, unreadable
-from detector.datasets.sampling import SampleKey, eval_batches
+from detector.datasets.loader import too_many_unreadable
 from detector.errors import DatasetError
-from detector.evaluation.coco_metrics import CocoResults, Metrics, detections_to_results, evaluate
+from detector.evaluation.coco_metrics import Metrics, evaluate
+from detector.evaluation.coco_results import CocoResults, detections_to_results
+from detector.evaluation.dataset_loop import loop_over_dataset
 from detector.inference.detector import Detector
 from detector.models import RetinaNet
-from detector.precision import resolve_precision
 from detector.structures import Batch, GroundTruth, HeadOutputs
 
 
@@ -30,35 +30,35 @@ def evaluate_model(
     progress: Callable[[int, int], None] | None = None,
     watch: Callable[[HeadOutputs, Batch], None] | None = None,
 ) -> tuple[Metrics, CocoResults]:
-    """Detect in every image of a dataset and score the result; on every process alike.
+    """Detect in every image of a dataset and score the detections; every process returns the same.
 
-    Images that cannot be read (where `data.on_error` lets them be) are left out of the truth as well.
+    Images that cannot be read (allowed where `data.on_error` is "skip") are excluded from the ground truth as well.
 
     Args:
         model: on `device`; its mode is restored afterwards.
         coco: the dataset.
-        config: sizes, post-processing, precision and engine.
+        config: image sizes, post-processing, precision and engine.
         device: to run on.
-        progress: called with images done and in all.
-        watch: called with what the network says of each batch.
+        progress: called with the number of images done and their total.
+        watch: called with the network's outputs for each batch and the batch, both on `device`.
 
     Raises:
-        DatasetError: more of the images than a few cannot be read.
+        DatasetError: more than a few of the images cannot be read.
     """
-    results, lost = detect(model, coco, config, device=device, progress=progress, watch=watch)
-    if too_many_unreadable(len(lost), len(coco)):
-        raise DatasetError(gone_away(coco, lost))
-    truth = _only(coco.ground_truth(), np.delete(coco.image_ids, lost))
-    metrics = evaluate(truth, results, engine=config.eval.engine, max_dets=config.eval.max_dets)
+    results, missing = detect(model, coco, config, device=device, progress=progress, watch=watch)
+    if too_many_unreadable(len(missing), len(coco)):
+        raise DatasetError(too_many_missing(coco, missing))
+    ground_truth = select_images(coco.ground_truth(), np.delete(coco.image_ids, missing))
+    metrics = evaluate(ground_truth, results, engine=config.eval.engine, max_dets=config.eval.max_dets)
     return metrics, results
 
 
-def gone_away(coco: CocoDataset, lost: Sequence[int]) -> str:
-    """What to say where too many images cannot be read."""
+def too_many_missing(coco: CocoDataset, missing: Sequence[int]) -> str:
+    """The error message for more unreadable images, given by their positions, than `data.on_error=skip` allows."""
     return (
-        f"{len(lost)} of the {len(coco)} images of {coco.annotations} cannot be read, for example {coco.path(lost[0])}: "
-        "data.on_error=skip forgives a few that break later, not so many; bring them back if their folder is gone, or set "
-        "data.verify=decode, which leaves out what is broken when the set is opened"
+        f"{len(missing)} of the {len(coco)} images of {coco.annotations} cannot be read, for example "
+        f"{coco.describe(missing[0])}: data.on_error=skip allows only a few that become unreadable later; restore "
+        "their folder if it is missing, or set data.verify=decode, which excludes unreadable images from the start"
     )
 
 
@@ -72,55 +72,39 @@ def detect(
     watch: Callable[[HeadOutputs, Batch], None] | None = None,
     indices: Sequence[int] | None = None,
 ) -> tuple[CocoResults, list[int]]:
-    """What the model finds in a dataset (or in some of its images), in COCO's terms, sorted by image; and the positions
-    of images that could not be read."""
-    batches = eval_keys(coco, config, indices)[distributed.rank() :: distributed.world_size()]
-    dataset = DetectionDataset(
-        coco,
-        max_size=config.data.max_size,
-        resize=config.model.resize,
-        skip_unreadable=config.data.on_error == "skip",
-    )
-    workers = min(config.data.num_workers, len(batches))
-    loader = build_loader(dataset, batches, num_workers=workers, pin_memory=device.type == "cuda")
-    precision = resolve_precision(config.eval.precision, device)
-    was_training = model.training
-    model.eval()
-    found: list[CocoResults] = []
-    lost: list[int] = []
-    done, total = 0, sum(map(len, batches))
-    detector = Detector(model, config.postprocess.model_dump(), precision=precision, device=device)
-    # Every picture is padded as if it were alone: far too many shapes to compile the network for.
-    with torch.compiler.set_stance("force_eager"):
-        for batch in loader:
-            there = to_device(batch, device)
-            outputs = None
-            if watch is not None:
-                outputs = detector.outputs(there.images, batch.image_sizes)
-                watch(outputs, there)
-                if device.type != "cpu":
-                    outputs = None  # a graph has its own, and there is memory for one at a time
-            detections = detector(there.images, batch.image_sizes, original_sizes=batch.original_sizes, outputs=outputs)
-            for image_id, index, detection in zip(
-                batch.image_ids.tolist(), batch.index.tolist(), detections, strict=True
-            ):
-                if index >= 0:
-                    found.append(detections_to_results(image_id, detection, coco.categories))
-                else:
-                    lost.append(unreadable(index))
-            done += len(detections)
-            if progress is not None:
-                progress(done, total)
-    model.train(was_training)
-    everyones = [results for part in distributed.gather(found) for results in part]
-    everyones.sort(key=lambda results: int(results.image_ids[0]) if len(results.image_ids) else -1)
-    return CocoResults.concatenate(everyones), [i for part in distributed.gather(lost) for i in part]
+    """Detect in the images of a dataset, or in those at `indices`; the other arguments as in `evaluate_model`.
+
+    Returns:
+        The detections in COCO's terms, sorted by image, and the positions of images that could not be read.
+    """
+    results: list[CocoResults] = []
+
+    def detect_batch(detector: Detector, loaded: Batch, batch: Batch) -> None:
+        outputs = None
+        if watch is not None:
+            outputs = detector.outputs(batch.images, loaded.image_sizes)
+            watch(outputs, batch)
+            if device.type != "cpu":
+                outputs = None  # a CUDA graph has its own, and there is memory for one at a time
+        all_detections = detector(
+            batch.images, loaded.image_sizes, original_sizes=loaded.original_sizes, outputs=outputs
+        )
+        for image_id, index, detections in zip(
+            loaded.image_ids.tolist(), loaded.index.tolist(), all_detections, strict=True
+        ):
+            if index >= 0:
+                results.append(detections_to_results(image_id, detections, coco.categories))
+
+    missing = loop_over_dataset(model, coco, config, detect_batch, device=device, indices=indices, progress=progress)
+    of_all_processes = [of_image for part in distributed.gather(results) for of_image in part]
+    of_all_processes.sort(key=lambda of_image: int(of_image.image_ids[0]) if len(of_image) else -1)
+    return CocoResults.concatenate(of_all_processes), missing
 
 
 def highest_score(
     model: RetinaNet, coco: CocoDataset, config: Config, *, device: torch.device, count: int = 8
 ) -> float:
-    """Of all anchors of a few images spread over the set: how near a model that finds nothing is to finding something."""
+    """The highest score of any anchor in `count` evenly spaced images: how far a model is from its first detection."""
     settings = config.postprocess.model_copy(update={"score_thresh": 0.0, "detections_per_img": 1})
     indices = np.unique(np.linspace(0, len(coco) - 1, count).astype(int)).tolist()
     config = config.model_copy(update={"postprocess": settings})
@@ -128,37 +112,15 @@ def highest_score(
     return float(results.scores.max(initial=0.0))
 
 
-def eval_batch_size(config: Config) -> int:
-    """Pictures that are looked at together."""
-    micro_batch = config.train.micro_batch if config.train.micro_batch != "auto" else None
-    return config.eval.batch_size or micro_batch or config.train.batch_size
-
-
-def eval_keys(coco: CocoDataset, config: Config, indices: Sequence[int] | None = None) -> list[list[SampleKey]]:
-    """The samples of an evaluation, or of some of its images, in batches of one padded shape."""
-    batches = eval_batches(
-        coco.sizes,
-        eval_batch_size(config),
-        min_size=config.data.eval_size,
-        max_size=config.data.max_size,
-        pad=config.model.pad,
-        resize=config.model.resize,
-    )
-    if indices is None:
-        return batches
-    wanted = set(indices)
-    chosen = [[key for key in batch if key.index in wanted] for batch in batches]
-    return [batch for batch in chosen if batch]
-
-
-def _only(truth: GroundTruth, image_ids: Any) -> GroundTruth:
-    rows = np.isin(truth.ann_image_ids, image_ids)
+def select_images(ground_truth: GroundTruth, image_ids: NDArray[np.int64]) -> GroundTruth:
+    """The ground truth of these images only."""
+    rows = np.isin(ground_truth.ann_image_ids, image_ids)
     return GroundTruth(
-        truth.categories,
+        ground_truth.categories,
         np.asarray(image_ids),
-        truth.ann_image_ids[rows],
-        truth.ann_category_ids[rows],
-        truth.boxes[rows],
-        truth.areas[rows],
-        truth.iscrowd[rows],
+        ground_truth.ann_image_ids[rows],
+        ground_truth.ann_category_ids[rows],
+        ground_truth.boxes[rows],
+        ground_truth.areas[rows],
+        ground_truth.iscrowd[rows],
     )

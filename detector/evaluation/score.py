@@ -1,4 +1,4 @@
-"""Scoring what is already there: a checkpoint or a results file against a dataset."""
+"""Scoring a checkpoint or an existing COCO results file against a dataset."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from rich.progress import Progress
 
 from detector import distributed
 from detector.atomic import make_folder, write_json
-from detector.checkpoint import load_checkpoint
-from detector.config import NOT_PART_OF_THE_MODEL, Config, SplitConfig, flatten, with_micro_batch
+from detector.checkpoint import TrainState, load_checkpoint
+from detector.config import NOT_PART_OF_THE_MODEL, Config, SplitConfig, config_differences, with_micro_batch
 from detector.config_yaml import with_model_of
-from detector.datasets.coco import CocoDataset, read_coco
-from detector.datasets.opening import open_split
+from detector.datasets.coco import CocoDataset
+from detector.datasets.opening import open_split, read_coco
 from detector.errors import ConfigError
-from detector.evaluation.coco_metrics import Metrics, evaluate, ground_truth_warnings, load_results, write_results
+from detector.evaluation.coco_metrics import Metrics, evaluate, ground_truth_warnings
+from detector.evaluation.coco_results import CocoResults, load_results, write_results
 from detector.evaluation.evaluate import evaluate_model
 from detector.inference.predictor import model_of
 
@@ -24,28 +25,28 @@ Split = Literal["val", "test"]
 
 
 def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_dir: Path) -> Metrics:
-    """Detect with a checkpoint's model in a config's data; write metrics.json and detections.json.
+    """Run a checkpoint's model on a config's data; write metrics.json and detections.json.
 
-    The model and its classes are the checkpoint's; data, image size and metric are the config's, and so is the
-    post-processing, as far as the config says anything about it.
+    Model and classes come from the checkpoint, data and metric from the config; image size and post-processing from the
+    config if it sets them, else from the checkpoint.
 
     Raises:
-        ConfigError: the config describes another model.
+        ConfigError: the config describes another model, or has no such split.
+        CheckpointError, DatasetError: the checkpoint or the data cannot be used.
     """
     state = load_checkpoint(checkpoint)
-    config = with_micro_batch(with_model_of(config, state.config), state.micro_batch)
-    require_model_of(config, state.config, checkpoint)
+    config = config_for_checkpoint(config, state, checkpoint)
     with distributed.process_group(config.train.device) as device:
-        named = split_of(config, split)
+        data = split_config(config, split)
         main = distributed.rank() == 0
         if main:
             make_folder(output_dir)
         problems_file = output_dir / f"problems_{split}.tsv" if main else None
-        dataset = open_split(config, named, categories=state.categories, problems_file=problems_file)
+        dataset = open_split(config, data, categories=state.categories, problems_file=problems_file)
         console = Console(highlight=False, soft_wrap=True, quiet=not main)
         for line in state.origin:
             console.print(line, markup=False)
-        _say(dataset, config, console)
+        _print_summary(dataset, config, console)
         with Progress(console=console) as bar:
             task = bar.add_task(f"detecting in {len(dataset)} images", total=len(dataset))
             metrics, results = evaluate_model(
@@ -53,68 +54,79 @@ def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_d
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )  # fmt: skip
         if main:
-            write_results(output_dir / "detections.json", results)
-            write_json(metrics.to_json(), output_dir / "metrics.json")
+            _write(metrics, results, output_dir)
     return metrics
 
 
-def require_model_of(config: Config, stored: Config, checkpoint: Path) -> None:
-    """Refuse a config that describes another network than the checkpoint's.
+def config_for_checkpoint(config: Config, state: TrainState, checkpoint: Path) -> Config:
+    """Fill the model settings that a config does not set from a checkpoint.
+
+    Args:
+        config: of the user.
+        state: the checkpoint's content.
+        checkpoint: its path, for the message.
 
     Raises:
-        ConfigError: naming both values of each setting that differs.
+        ConfigError: the config describes another model; lists both values of each setting that differs.
     """
-    theirs, ours = flatten(stored.model.model_dump()), flatten(config.model.model_dump())
-    different = [k for k in ours if theirs.get(k) != ours[k] and k not in NOT_PART_OF_THE_MODEL]
-    if different:
+    config = with_micro_batch(with_model_of(config, state.config), state.micro_batch)
+    differences = [
+        f"  {key}: {given!r} in the config, {stored!r} in the checkpoint"
+        for key, given, stored in config_differences(config, state.config, ["model"])
+        if key.removeprefix("model.") not in NOT_PART_OF_THE_MODEL
+    ]
+    if differences:
         raise ConfigError(
             "\n".join(
                 [
                     f"the config must describe the model in {checkpoint}, got:",
-                    *(
-                        f"  model.{k}: {ours[k]!r} in the config, {theirs.get(k)!r} in the checkpoint"
-                        for k in different
-                    ),
-                    f"Use the run's own config ({checkpoint.parent.parent / 'config.yaml'}), or leave these settings out: "
-                    "what a config does not say of the model is the checkpoint's.",
+                    *differences,
+                    f"Use the run's own config ({checkpoint.parent.parent / 'config.yaml'}), or remove these settings: "
+                    "model settings missing from the config come from the checkpoint.",
                 ]
             )
         )
+    return config
 
 
 def score_results_file(config: Config, detections: Path, *, split: Split, output_dir: Path) -> Metrics:
     """Score a COCO results file against a config's annotations; the images need not exist.
 
     Raises:
-        ResultsError: everything that is wrong with the file.
+        ResultsError: lists every problem of the file.
+        ConfigError, DatasetError: the config has no such split, or its annotations cannot be used.
     """
-    dataset = read_coco(Path(split_of(config, split).annotations), None, on_error=config.data.on_error)
-    _say(dataset, config, Console(highlight=False, soft_wrap=True))
-    truth = dataset.ground_truth()
-    results = load_results(detections, truth)
-    metrics = evaluate(truth, results, engine=config.eval.engine, max_dets=config.eval.max_dets)
+    dataset = read_coco(Path(split_config(config, split).annotations), None, on_error=config.data.on_error)
+    _print_summary(dataset, config, Console(highlight=False, soft_wrap=True))
+    ground_truth = dataset.ground_truth()
+    results = load_results(detections, ground_truth)
+    metrics = evaluate(ground_truth, results, engine=config.eval.engine, max_dets=config.eval.max_dets)
     make_folder(output_dir)
-    write_results(output_dir / "detections.json", results)
-    write_json(metrics.to_json(), output_dir / "metrics.json")
+    _write(metrics, results, output_dir)
     return metrics
 
 
-def split_of(config: Config, split: Split) -> SplitConfig:
-    """The set of a config that is to be looked at.
+def split_config(config: Config, split: Split) -> SplitConfig:
+    """The data of a split.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: the config has no such split.
     """
-    named: SplitConfig | None = getattr(config.data, split)
-    if named is None:
+    data: SplitConfig | None = getattr(config.data, split)
+    if data is None:
         raise ConfigError(
-            f"data.{split} must name images and annotations to be scored; add it to the config, or give "
+            f"data.{split} must name images and annotations to score; add it to the config, or give "
             f"data.{split}.images=DIR data.{split}.annotations=FILE.json"
         )
-    return named
+    return data
 
 
-def _say(dataset: CocoDataset, config: Config, console: Console) -> None:
+def _print_summary(dataset: CocoDataset, config: Config, console: Console) -> None:
     console.print(dataset.summary(), markup=False)
     for line in ground_truth_warnings(dataset.ground_truth(), config.eval.max_dets):
         console.print(f"warning: {line}", style="yellow", markup=False)
+
+
+def _write(metrics: Metrics, results: CocoResults, output_dir: Path) -> None:
+    write_results(output_dir / "detections.json", results)
+    write_json(metrics.to_json(), output_dir / "metrics.json")

@@ -1,7 +1,7 @@
-"""AP on resampled images: how far it would have moved had other pictures of the same kind been in the set.
+"""AP on bootstrap samples of the images: how much AP varies with the choice of validation images.
 
-Matching looks at one image at a time, so it is done once. A replicate then only counts each image as often as it was
-drawn, which gives what scoring a dataset with copies of these images would (but for the order of equal scores).
+Matching treats each image independently, so it runs only once. A replicate then counts each image as often as it was
+drawn. The result equals scoring a dataset with copies of these images, except for the order of equal scores.
 """
 
 from __future__ import annotations
@@ -11,43 +11,44 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.evaluation.coco_metrics import CocoResults, hotcoco_run, numbered
+from detector.evaluation.coco_engines import engine_input, hotcoco_evaluator
+from detector.evaluation.coco_results import CocoResults
 from detector.structures import GroundTruth
 
 RECALLS = np.linspace(0, 1, 101)
-AT_ONCE = 50
-"""Replicates in memory together: float64 for every detection of a class."""
+CHUNK = 50
+"""Replicates computed together; each needs a few float64 per detection of a class."""
 
 
 class MatchedClass(NamedTuple):
-    """What COCO's matching says of one class: N detections, best score first, in I images; T IoU thresholds."""
+    """COCO's matching of one class: N detections by descending score, in I images, at T IoU thresholds."""
 
     image: NDArray[np.intp]
-    """(N,) position of each detection's image among the sorted image ids."""
+    """(N,) index of each detection's image among the sorted image ids."""
     positive: NDArray[np.bool_]
-    """(T, N) whether it found an object."""
+    """(T, N) whether the detection matches an object."""
     ignored: NDArray[np.bool_]
-    """(T, N) whether it found a crowd, and counts neither way."""
+    """(T, N) whether the detection matches a crowd region and does not count."""
     objects: NDArray[np.int64]
-    """(I,) objects in each image, without crowds."""
+    """(I,) number of objects in each image, without crowd regions."""
 
 
-def match(truth: GroundTruth, results: CocoResults, *, max_dets: int = 100) -> list[MatchedClass]:
+def match_classes(ground_truth: GroundTruth, results: CocoResults, *, max_dets: int = 100) -> list[MatchedClass]:
     """Match detections with objects as COCO does, class by class in the order of the category ids.
 
     Raises:
-        ValueError: as `coco_eval.evaluate`.
+        ValueError: as `coco_metrics.evaluate`.
     """
-    p = numbered(truth, results)
-    run = hotcoco_run(p)
-    run.params.max_dets = [max_dets]
-    run.params.area_rng, run.params.area_rng_lbl = [[0.0, 1e10]], ["all"]
-    run.evaluate()
-    found: list[list[tuple[int, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]]]
-    found = [[] for _ in range(p.num_classes)]
-    for entry in run.eval_imgs:
+    p = engine_input(ground_truth, results)
+    evaluator = hotcoco_evaluator(p)
+    evaluator.params.max_dets = [max_dets]
+    evaluator.params.area_rng, evaluator.params.area_rng_lbl = [[0.0, 1e10]], ["all"]
+    evaluator.evaluate()
+    by_class: list[list[tuple[int, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]]]
+    by_class = [[] for _ in range(p.num_classes)]
+    for entry in evaluator.eval_imgs:
         if entry is not None and entry["dtIds"]:
-            found[entry["category_id"] - 1].append(
+            by_class[entry["category_id"] - 1].append(
                 (
                     entry["image_id"] - 1,
                     np.array(entry["dtScores"]),
@@ -56,32 +57,31 @@ def match(truth: GroundTruth, results: CocoResults, *, max_dets: int = 100) -> l
                 )
             )
     classes = []
-    for k, parts in enumerate(found, start=1):
+    for k, parts in enumerate(by_class, start=1):
         parts.sort(key=lambda part: part[0])
-        here = p.gt_images[(p.gt_classes == k) & ~p.gt_iscrowd] - 1
-        objects = np.bincount(here, minlength=p.num_images)
-        nothing = np.zeros((len(run.params.iou_thrs), 0), bool)
+        objects = np.bincount(p.gt_images[(p.gt_classes == k) & ~p.gt_iscrowd] - 1, minlength=p.num_images)
+        empty = np.zeros((len(evaluator.params.iou_thrs), 0), bool)
         image = np.repeat([part[0] for part in parts], [len(part[1]) for part in parts]).astype(np.intp)
         order = np.argsort(-np.concatenate([np.empty(0), *(part[1] for part in parts)]), kind="stable")
-        positive = np.concatenate([nothing, *(part[2] for part in parts)], axis=1)[:, order]
-        ignored = np.concatenate([nothing, *(part[3] for part in parts)], axis=1)[:, order]
+        positive = np.concatenate([empty, *(part[2] for part in parts)], axis=1)[:, order]
+        ignored = np.concatenate([empty, *(part[3] for part in parts)], axis=1)[:, order]
         classes.append(MatchedClass(image[order], positive & ~ignored, ignored, objects))
     return classes
 
 
 def resampled_ap(classes: list[MatchedClass], counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """AP of resampled images.
+    """Compute AP on resampled images.
 
     Args:
-        classes: of `match`.
+        classes: the result of `match_classes`.
         counts: (R, I) how often each image is in each replicate.
 
     Returns:
-        (R,) the mean over the classes that have objects in the replicate; nan where none has.
+        (R,) mean AP over the classes that have objects in the replicate; nan if no class has.
     """
     parts = [
-        np.stack([_class_ap(of_class, counts[start : start + AT_ONCE].astype(np.float64)) for of_class in classes])
-        for start in range(0, len(counts), AT_ONCE)
+        np.stack([_class_ap(matched, counts[start : start + CHUNK].astype(np.float64)) for matched in classes])
+        for start in range(0, len(counts), CHUNK)
     ]
     per_class = np.concatenate(parts, axis=1)
     valid = ~np.isnan(per_class)
@@ -90,30 +90,30 @@ def resampled_ap(classes: list[MatchedClass], counts: NDArray[np.int64]) -> NDAr
     return mean
 
 
-def _class_ap(of_class: MatchedClass, counts: NDArray[np.float64]) -> NDArray[np.float64]:
+def _class_ap(matched: MatchedClass, counts: NDArray[np.float64]) -> NDArray[np.float64]:
     """(R,) AP of a class in each replicate."""
-    objects = counts @ of_class.objects
-    weights = counts[:, of_class.image]
+    objects = counts @ matched.objects
+    weights = counts[:, matched.image]
     total = np.cumsum(weights, axis=1)
     ap = np.zeros(len(counts))
-    for positive, ignored in zip(of_class.positive, of_class.ignored, strict=True):
-        at = np.nonzero(positive)[0]  # recall, and with it the curve, changes nowhere else
+    for positive, ignored in zip(matched.positive, matched.ignored, strict=True):
+        at = np.nonzero(positive)[0]  # recall changes only here
         if not len(at):
             continue
         counted = total[:, at] if not ignored.any() else np.cumsum(weights * ~ignored, axis=1)[:, at]
-        right = np.cumsum(weights[:, at], axis=1)
-        precision = right / (counted + np.spacing(1))
-        envelope = np.zeros((len(counts), len(at) + 1))  # the last column: recalls that are never reached
+        true_positives = np.cumsum(weights[:, at], axis=1)
+        precision = true_positives / (counted + np.spacing(1))
+        envelope = np.zeros((len(counts), len(at) + 1))  # last column: recalls that are not reached
         envelope[:, :-1] = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         with np.errstate(invalid="ignore"):
-            recall = right / objects[:, None]
+            recall = true_positives / objects[:, None]
         for r in np.nonzero(objects)[0]:
             ap[r] += envelope[r, np.searchsorted(recall[r], RECALLS)].mean()
     ap[objects == 0] = np.nan
-    return ap / len(of_class.positive)
+    return ap / len(matched.positive)
 
 
-def draw(num_images: int, replicates: int, *, seed: int) -> NDArray[np.int64]:
-    """(replicates, num_images) how often each image is drawn, with replacement, as many as there are."""
+def draw_counts(num_images: int, replicates: int, *, seed: int) -> NDArray[np.int64]:
+    """(replicates, num_images) how often each image occurs among `num_images` draws with replacement."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=replicates)

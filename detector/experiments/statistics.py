@@ -1,52 +1,73 @@
-"""Confidence intervals and standard errors over repetitions."""
+"""Standard errors and Student's t intervals over seeds and folds."""
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 import statistics
 from collections.abc import Mapping
+from importlib.util import find_spec
 
-import numpy as np
+from detector.errors import RunError
 
 CONFIDENCE = 0.95
 
 
-# ---- statistics ----------------------------------------------------------------------------------------------------
+def require_packages(*names: str) -> None:
+    """Check that packages of the extra `sweep` are installed.
 
-
-@functools.cache
-def student_quantile(probability: float, freedom: int) -> float:
-    """Student's t: the value not exceeded with a probability, for 1 or more degrees of freedom.
-
-    With t = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1), which is smooth on a bounded interval.
+    Raises:
+        RunError: a package is missing.
     """
-    angle = np.linspace(-math.pi / 2, math.pi / 2, 400_001)
-    density = np.cos(angle) ** (freedom - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * math.tan(float(np.interp(probability, mass / mass[-1], angle)))
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise RunError(
+            f"sweeps and comparisons need {' and '.join(missing)}: pip install 'retinanet-detector[sweep]', or "
+            "uv sync --extra sweep in a clone"
+        )
 
 
-def by_repetition(values: Mapping[str, float]) -> tuple[list[float], float]:
-    """Numbers that can be taken for independent repetitions, and the share by which they cannot.
+def student_quantile(probability: float, degrees_of_freedom: int) -> float:
+    """Quantile of Student's t distribution.
 
-    Without folds, each seed is one. With k folds, the seeds of a fold are averaged and each fold is one; but any two of
-    them share most of their training set, so the variance of their mean is (1/n + 1/(k - 1)) s^2 and not s^2/n
-    (Nadeau and Bengio 2003). Returns the numbers and that 1/(k - 1), or 0.
+    Raises:
+        RunError: scipy is not installed.
     """
-    folds: dict[str, list[float]] = {}
-    for unit, value in values.items():
-        fold = re.search(r"fold\d+", unit)
-        folds.setdefault(fold[0] if fold else unit, []).append(value)
-    repetitions = [statistics.fmean(each) for each in folds.values()]
-    shared = any("fold" in unit for unit in values) and len(repetitions) > 1
-    return repetitions, 1 / (len(repetitions) - 1) if shared else 0.0
+    require_packages("scipy")
+    from scipy.special import stdtrit  # computes scipy.stats.t.ppf; scipy.stats takes seconds to import
+
+    return float(stdtrit(degrees_of_freedom, probability))
+
+
+def independent_repetitions(values: Mapping[str, float]) -> tuple[list[float], float]:
+    """Average the values that are not independent, and correct for the training images that folds share.
+
+    Without folds, every seed is a repetition. With k folds, every fold is one: the mean over its seeds. Any two folds
+    share most of their training images, so the variance of the mean is (1/n + 1/(k - 1)) s^2 instead of s^2/n
+    (Nadeau and Bengio 2003).
+
+    Args:
+        values: one number per run, by run key.
+
+    Returns:
+        The repetitions, and the correction 1/(k - 1), or 0 without folds.
+    """
+    groups: dict[str, list[float]] = {}
+    for run, value in values.items():
+        fold = re.search(r"fold\d+", run)
+        groups.setdefault(fold[0] if fold else run, []).append(value)
+    repetitions = [statistics.fmean(group) for group in groups.values()]
+    has_folds = any("fold" in run for run in values) and len(repetitions) > 1
+    return repetitions, 1 / (len(repetitions) - 1) if has_folds else 0.0
 
 
 def standard_error(values: Mapping[str, float]) -> float:
-    """Of the mean, over seeds and folds; nan for fewer than two."""
-    repetitions, shared = by_repetition(values)
+    """Standard error of the mean over seeds and folds; nan for fewer than two.
+
+    Args:
+        values: one number per run, by run key.
+    """
+    repetitions, correction = independent_repetitions(values)
     if len(repetitions) < 2:
         return math.nan
-    return statistics.stdev(repetitions) * math.sqrt(1 / len(repetitions) + shared)
+    return statistics.stdev(repetitions) * math.sqrt(1 / len(repetitions) + correction)

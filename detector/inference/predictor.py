@@ -1,82 +1,190 @@
-"""Detecting in picture files that belong to no dataset."""
+"""Prediction for image files and arrays that belong to no dataset."""
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
+from detector.atomic import write_text
 from detector.boxes import xyxy_to_xywh
 from detector.checkpoint import TrainState, load_checkpoint
-from detector.config import Config
-from detector.datasets.images import decode_image
-from detector.datasets.loader import EMPTY, Sample, collate, to_device
-from detector.datasets.sampling import SampleKey
-from detector.datasets.transforms import padded_size, resize_picture, resized_size
-from detector.errors import CheckpointError, ImageError, InputError
+from detector.config import ChannelOrder, Config
+from detector.datasets.images import decode_image, rgb_pixels
+from detector.datasets.transforms import padded_size, resize_batch, resize_image, resized_size
+from detector.distributed import pick_device
+from detector.errors import CheckpointError, ConfigError, ImageError, InputError
 from detector.inference.detector import Detector
 from detector.models import RetinaNet, build_model
 from detector.precision import resolve_precision
-from detector.structures import Batch, Categories, Detections, HeadOutputs
+from detector.structures import Categories, Detections, HeadOutputs, Unresized
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
-"""What is picked up from folders; files named one by one may be called anything."""
+ImageLike = str | Path | Image.Image | NDArray[np.uint8]
+"""The path of an image file, a PIL image, or a uint8 array (H, W, 3)."""
+
+PredictionDevice = Literal["auto", "cpu", "cuda", "mps"]
+
+
+class _Prepared(NamedTuple):
+    """An image at its size for the network, unless the device is to resize it."""
+
+    pixels: NDArray[np.uint8]
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+    canvas: tuple[int, int]
+    """Height and width with padding."""
 
 
 class Predictor:
-    """A detector ready for use: pictures in, objects out.
+    """A trained detector: images in, detections out.
 
     Args:
-        state: a checkpoint's content; averaged weights are used where there are any.
-        device: to run on.
-        score_thresh: replaces the checkpoint's own.
+        state: the content of a checkpoint; EMA weights are used where there are any.
+        device: the device to run on.
+        score_thresh: minimum score of a detection; None: the checkpoint's setting.
     """
 
     def __init__(self, state: TrainState, *, device: torch.device, score_thresh: float | None = None) -> None:
         self.config: Config = state.config
         self.categories: Categories = state.categories
         self.origin = state.origin
-        """Lines about imported weights."""
+        """Notes about imported weights, for the user."""
         self.apply_exif = state.apply_exif and self.config.data.exif != "ignore"
-        """Pass it to `decode_image`, so that pictures lie as those of training did."""
+        """Whether the EXIF orientation is applied, as in training; see `decode_image`."""
         self.device = device
-        settings: dict[str, Any] = self.config.postprocess.model_dump()
+        settings: dict[str, Any] = self.config.postprocess_arguments
         if score_thresh is not None:
             settings["score_thresh"] = score_thresh
         precision = resolve_precision(self.config.eval.precision, device)
         self.detector = Detector(model_of(state, device), settings, precision=precision, device=device)
 
-    def __call__(self, image: NDArray[np.uint8]) -> Detections:
-        """Objects in one (H, W, 3) uint8 RGB picture, boxes in its pixels."""
-        batch = self.batch_of(image)
-        (detections,) = self.detector(batch.images, batch.image_sizes, original_sizes=batch.original_sizes)
-        return detections
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # a str is also a sequence of str
+        self, images: ImageLike, *, channel_order: ChannelOrder = ..., batch_size: int = ...
+    ) -> Detections: ...
 
-    def outputs(self, image: NDArray[np.uint8]) -> HeadOutputs:
-        """What the network says about one (H, W, 3) uint8 RGB picture."""
-        batch = self.batch_of(image)
-        return self.detector.outputs(batch.images, batch.image_sizes)
+    @overload
+    def __call__(
+        self, images: Sequence[ImageLike], *, channel_order: ChannelOrder = ..., batch_size: int = ...
+    ) -> list[Detections]: ...
 
-    def batch_of(self, image: NDArray[np.uint8]) -> Batch:
-        """One (H, W, 3) uint8 RGB picture as the network takes it: the image on the device, all else in main memory."""
+    def __call__(
+        self, images: ImageLike | Sequence[ImageLike], *, channel_order: ChannelOrder = "rgb", batch_size: int = 8
+    ) -> Detections | list[Detections]:
+        """Detect objects in an image, or in each image of a list.
+
+        Args:
+            images: a path, a PIL image, a uint8 array (H, W, 3), or a list or tuple of them.
+            channel_order: of arrays; "bgr" for those of OpenCV.
+            batch_size: maximum number of images of a list that go through the network together. Images share a batch
+                only if their padded sizes agree, so that each gets the padding that it would get alone.
+
+        Returns:
+            The detections, with class names, and boxes in pixels of the image (after its EXIF orientation is applied);
+            for a list, one per image, in its order.
+
+        Raises:
+            InputError: an argument of another type or shape.
+            ImageError: a file that is missing or no image.
+
+        Example:
+            >>> predictor = load_predictor("runs/shapes/checkpoints/best.pt")  # doctest: +SKIP
+            >>> found = predictor("image.jpg")  # doctest: +SKIP
+            >>> [(name, score) for name, score in zip(found.names, found.scores.tolist())]  # doctest: +SKIP
+            [('cup', 0.97), ('plate', 0.61)]
+        """
+        if not isinstance(images, list | tuple):
+            return self._detect([self._prepare(cast(ImageLike, images), channel_order)])[0]
+        results: dict[int, Detections] = {}
+        waiting: dict[tuple[int, int], dict[int, _Prepared]] = {}
+        for position, image in enumerate(images):
+            prepared = self._prepare(image, channel_order, name=f"images[{position}]")
+            batch = waiting.setdefault(prepared.canvas, {})
+            batch[position] = prepared
+            if len(batch) >= batch_size:
+                results |= zip(batch, self._detect([*batch.values()]), strict=True)
+                del waiting[prepared.canvas]
+        for batch in waiting.values():
+            results |= zip(batch, self._detect([*batch.values()]), strict=True)
+        return [results[position] for position in range(len(images))]
+
+    def outputs(self, image: ImageLike) -> HeadOutputs:
+        """The network's outputs for one image."""
+        images, image_sizes, _ = self._batch([self._prepare(image, "rgb")])
+        return self.detector.outputs(images, image_sizes)
+
+    def _prepare(self, image: ImageLike, channel_order: ChannelOrder, *, name: str = "image") -> _Prepared:
+        pixels = _read(image, channel_order, name, apply_exif=self.apply_exif)
         data, model = self.config.data, self.config.model
-        original = (image.shape[0], image.shape[1])
-        size = resized_size(original, min_size=data.eval_size, max_size=data.max_size, resize=model.resize)
-        if model.resize != "float_bilinear":
-            image = resize_picture(image, size, model.resize)
-        key = SampleKey(0, 0, data.eval_size, padded_size(size, model.pad))
-        loaded = collate([Sample(image, size, EMPTY, 0, original, key)])
-        return loaded._replace(images=to_device(loaded, self.device).images, unresized=None)
+        original = (pixels.shape[0], pixels.shape[1])
+        size = resized_size(original, min_size=data.eval_size, max_size=data.max_size, resize=model.compat.resize)
+        if model.compat.resize != "float_bilinear":
+            pixels = resize_image(pixels, size, model.compat.resize)
+        return _Prepared(pixels, size, original, padded_size(size, model.pad))
+
+    def _batch(self, prepared: Sequence[_Prepared]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W) of one canvas on the device; their sizes and original sizes, (B, 2) in main memory."""
+        canvas = prepared[0].canvas
+        shapes, sizes = [(p.pixels.shape[0], p.pixels.shape[1]) for p in prepared], [p.size for p in prepared]
+        unresized = None
+        if shapes != sizes:
+            unresized = Unresized(shapes, sizes, canvas)
+            canvas = (max(height for height, _ in shapes), max(width for _, width in shapes))
+        padded = torch.zeros((len(prepared), *canvas, 3), dtype=torch.uint8)  # channels last, as the network wants them
+        for row, (height, width), item in zip(padded.numpy(), shapes, prepared, strict=True):
+            row[:height, :width] = item.pixels
+        images = padded.permute(0, 3, 1, 2).to(self.device)
+        if unresized is not None:
+            images = resize_batch(images, unresized)
+        return images, torch.tensor(sizes), torch.tensor([p.original_size for p in prepared])
+
+    def _detect(self, prepared: Sequence[_Prepared]) -> list[Detections]:
+        images, image_sizes, original_sizes = self._batch(prepared)
+        found = self.detector(images, image_sizes, original_sizes=original_sizes)
+        return [Detections(d.boxes, d.scores, d.labels, self.categories.names) for d in found]
+
+
+def _read(image: ImageLike, channel_order: ChannelOrder, name: str, *, apply_exif: bool) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB."""
+    if isinstance(image, str | Path):
+        return decode_image(Path(image), apply_exif=apply_exif)
+    expected = f"{name} must be a path, a PIL image or a uint8 array (H, W, 3), got"
+    if isinstance(image, Image.Image):
+        if image.mode == "F":
+            raise InputError(f"{expected} a PIL image of floating-point pixels (mode F); convert it to 0..255")
+        try:
+            return rgb_pixels(image, apply_exif=apply_exif)
+        except OSError as error:  # its file is read now
+            raise InputError(f"{expected} one that cannot be decoded: {error}") from None
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"{expected} {type(image).__name__}")
+    if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
+        return np.ascontiguousarray(image[..., ::-1] if channel_order == "bgr" else image)
+    remedies = (
+        (image.dtype != np.uint8, "; convert its values to 0..255 in uint8"),
+        (image.ndim == 2, "; repeat a grey image's channel with np.stack([image] * 3, axis=2)"),
+        (image.ndim == 4, "; pass a list of images"),
+        (image.shape[2:] == (4,), "; drop the alpha channel with image[..., :3]"),
+        (image.shape[:1] == (3,), "; move the channels last with image.transpose(1, 2, 0)"),
+        (True, ""),
+    )
+    remedy = next(text for applies, text in remedies if applies)
+    raise InputError(f"{expected} {image.dtype} {image.shape}{remedy}")
 
 
 def model_of(state: TrainState, device: torch.device) -> RetinaNet:
-    """The network of a checkpoint with the weights to use, in evaluation mode."""
+    """Build the network of a checkpoint in evaluation mode, with its EMA weights where there are any.
+
+    Raises:
+        CheckpointError: the weights do not fit the network.
+    """
     model = build_model(state.config.model, len(state.categories))
     try:
         model.load_state_dict(state.weights)
@@ -88,58 +196,48 @@ def model_of(state: TrainState, device: torch.device) -> RetinaNet:
     return model
 
 
-def load_predictor(checkpoint: Path, *, device: torch.device, score_thresh: float | None = None) -> Predictor:
-    """A predictor from a checkpoint file, which needs nothing beside it.
+def load_predictor(
+    checkpoint: str | Path, *, device: torch.device | PredictionDevice = "auto", score_thresh: float | None = None
+) -> Predictor:
+    """Load a predictor from a checkpoint file, which is all it needs.
+
+    Args:
+        checkpoint: the file: ours, or another program's RetinaNet.
+        device: the device to run on; auto: a CUDA device, else Apple's MPS, else the CPU.
+        score_thresh: minimum score of a detection; None: the checkpoint's setting.
 
     Raises:
-        CheckpointError: unreadable.
+        CheckpointError: the file is unreadable.
+        ConfigError: the machine has no such device.
     """
-    return Predictor(load_checkpoint(checkpoint), device=device, score_thresh=score_thresh)
+    if not isinstance(device, torch.device):
+        device = _prediction_device(device)
+    return Predictor(load_checkpoint(Path(checkpoint)), device=device, score_thresh=score_thresh)
 
 
-def find_pictures(inputs: Sequence[str], *, output_dir: Path | None = None) -> list[Path]:
-    """The files that names, folders (searched to the bottom) and globs stand for, each once, in order.
-
-    Raises:
-        InputError: every input that stands for no picture; or pictures in `output_dir`, which would be written over.
-    """
-    found: dict[Path, None] = {}
-    mistakes = []
-    for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            here = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        elif path.exists():
-            here = [path]
-        else:
-            here = [Path(p) for p in sorted(glob.glob(text, recursive=True)) if Path(p).is_file()]
-        if not here:
-            what = "a folder without pictures" if path.is_dir() else "no file, folder or glob with matches"
-            mistakes.append(f"  {text}: {what}")
-        found.update(dict.fromkeys(here))
-    if mistakes:
-        raise InputError("\n".join(["inputs must be pictures, folders of pictures, or globs, got:", *mistakes]))
-    inside = [str(p) for p in found if output_dir is not None and p.resolve().parent == output_dir.resolve()]
-    if inside:
-        raise InputError(
-            f"--output-dir {output_dir} must hold none of the inputs, which drawn pictures could replace, got "
-            f"{', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''}; choose another folder"
-        )
-    return list(found)
+def _prediction_device(device: PredictionDevice) -> torch.device:
+    """As `pick_device`, but including MPS, on which training and evaluation are untested."""
+    has_mps = torch.backends.mps.is_available()
+    if device == "mps" and not has_mps:
+        raise ConfigError("device must be auto or cpu on this machine, got mps: torch sees no MPS device")
+    if device == "mps" or (device == "auto" and has_mps and not torch.cuda.is_available()):
+        return torch.device("mps")
+    return pick_device(device)
 
 
 class Prediction(NamedTuple):
-    """One input's outcome."""
+    """The result for one file."""
 
     path: Path
     image: NDArray[np.uint8] | None
+    """(H, W, 3) RGB; None where the file is unreadable."""
     detections: Detections | None
     error: str | None
-    """Why the file could not be read."""
+    """Why the file is unreadable."""
 
 
 def predict_files(predictor: Predictor, paths: Sequence[Path]) -> Iterator[Prediction]:
-    """Detect in one file after the other; an unreadable one is reported and the others go on."""
+    """Detect objects in one file after another; an unreadable file is reported and does not stop the others."""
     for path in paths:
         try:
             image = decode_image(path, apply_exif=predictor.apply_exif)
@@ -152,7 +250,7 @@ def predict_files(predictor: Predictor, paths: Sequence[Path]) -> Iterator[Predi
 def result_records(
     image_id: int, file_name: str, detections: Detections, categories: Categories
 ) -> list[dict[str, Any]]:
-    """COCO results records at full precision, with the file's name added."""
+    """Detections as COCO result records at full precision, with the file's name added."""
     boxes = xyxy_to_xywh(detections.boxes.double()).tolist()
     return [
         {
@@ -167,7 +265,5 @@ def result_records(
 
 
 def write_records(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """A COCO results file, one record a line, whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("[" + ",\n".join(json.dumps(record) for record in records) + "]\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write a COCO results file atomically, one record per line."""
+    write_text("[" + ",\n".join(json.dumps(record) for record in records) + "]\n", path)

@@ -1,4 +1,4 @@
-"""The focal loss, its family and baselines, box losses and the whole RetinaNet loss."""
+"""The focal loss, its family and baselines, box losses and the complete RetinaNet loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Relatives of the focal loss: other ways to tell which entries matter. Arguments as in `detector.losses.focal`."""
+"""Relatives of the focal loss: other rules for how much each entry of sigmoid logits contributes.
+
+Types and arguments are those of `detector.losses.focal`.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,13 @@ from torch import Tensor
 
 from detector.losses.focal import (
     Reduction,
-    balanced,
-    by_example,
+    apply_alpha,
     cross_entropy,
+    expand_to_loss,
+    one_minus_pt,
     power,
+    prepare,
     reduce_loss,
-    unignored,
-    wide,
-    wrongness,
 )
 
 
@@ -29,13 +31,34 @@ def poly1_focal_loss(
     ignore: Tensor | None = None,
     reduction: Reduction = "none",
 ) -> Tensor:
-    """Focal loss plus epsilon alpha_t (1 - p_t)^(gamma + 1) (Leng et al. 2022, "PolyLoss", section 5): the weight of the
-    first term of the loss's expansion in 1 - p_t, changed by epsilon."""
-    x = unignored(wide(logits), ignore)
-    targets = targets.to(x.dtype)
-    wrong = wrongness(x, targets)
+    """Compute the Poly-1 focal loss, the focal loss plus epsilon alpha_t (1 - p_t)^(gamma + 1), of every entry.
+
+    The addition changes the coefficient of the first term of the loss's expansion in 1 - p_t by epsilon (Leng et al.
+    2022, "PolyLoss", section 5).
+
+    Args:
+        logits: any shape, before the sigmoid, any floating type.
+        targets: ground truth in 0..1, in the shape of `logits`.
+        alpha: weight of positives, or (C,) one per class, as in `sigmoid_focal_loss`.
+        gamma: focusing parameter, at least 0.
+        epsilon: coefficient of the additional term; 0 is the focal loss.
+        weights, ignore, reduction: factors of the loss, mask and reduction, as in `sigmoid_focal_loss`.
+
+    Returns:
+        The loss of every entry, in the shape of `logits`, or a scalar; fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: the shapes do not match, or the reduction is unknown.
+
+    Example:
+        >>> logits, targets = torch.tensor([1.0, -1.0, 3.0]), torch.tensor([1.0, 0.0, 0.0])
+        >>> poly1_focal_loss(logits, targets)
+        tensor([0.0105, 0.0316, 2.7230])
+    """
+    x, targets = prepare(logits, targets, ignore)
+    wrong = one_minus_pt(x, targets)
     loss = cross_entropy(x, targets) * power(wrong, gamma) + epsilon * power(wrong, gamma + 1)
-    loss = balanced(loss, targets, alpha, None)
+    loss = apply_alpha(loss, targets, alpha, None)
     return reduce_loss(loss, weights=weights, ignore=ignore, reduction=reduction, positives=targets)
 
 
@@ -48,15 +71,31 @@ def quality_focal_loss(
     ignore: Tensor | None = None,
     reduction: Reduction = "none",
 ) -> Tensor:
-    """|q - p|^gamma times the cross entropy of p with the soft target q (Li et al. 2020, "Generalized Focal Loss",
-    equation 5, there beta for gamma).
+    """Compute |q - p|^gamma times the cross entropy of p with the soft target q, of every entry.
 
-    `quality`: in the shape of `logits`, 0 for negatives, 0..1 for positives (the overlap of the predicted box with its
-    object). At a quality of 0 or 1 it is the focal loss without alpha.
+    At a quality of 0 or 1 it is the focal loss without alpha (Li et al. 2020, "Generalized Focal Loss", equation 5,
+    where gamma is called beta).
+
+    Args:
+        logits: any shape, before the sigmoid, any floating type.
+        quality: soft target in the shape of `logits`: 0 for negatives, 0..1 for positives (the IoU of the predicted box
+            with its object).
+        gamma: focusing parameter, at least 0.
+        weights, ignore, reduction: factors of the loss, mask and reduction, as in `sigmoid_focal_loss`; entries with a
+            quality above 0 are positives.
+
+    Returns:
+        The loss of every entry, in the shape of `logits`, or a scalar; fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: the shapes do not match, or the reduction is unknown.
+
+    Example:
+        >>> quality_focal_loss(torch.tensor([2.0, -1.0]), torch.tensor([0.8, 0.0]))
+        tensor([0.0034, 0.0227])
     """
-    x = unignored(wide(logits), ignore)
-    quality = quality.to(x.dtype)
-    # |q - p| by the smaller of two differences of like numbers: confident entries keep their digits
+    x, quality = prepare(logits, quality, ignore)
+    # the smaller of two equal differences, so that confident entries keep their digits
     distance = torch.where(quality > 0.5, torch.sigmoid(-x) - (1 - quality), torch.sigmoid(x) - quality).abs()
     loss = power(distance, gamma) * cross_entropy(x, quality)
     return reduce_loss(loss, weights=weights, ignore=ignore, reduction=reduction, positives=(quality > 0).to(loss))
@@ -72,50 +111,32 @@ def varifocal_loss(
     ignore: Tensor | None = None,
     reduction: Reduction = "none",
 ) -> Tensor:
-    """Positives: q times the cross entropy with q; negatives: alpha p^gamma times theirs (Zhang et al. 2021,
-    "VarifocalNet", equation 2): only negatives are focused, positives count by their quality. `quality` as in
-    `quality_focal_loss`."""
-    x = unignored(wide(logits), ignore)
-    quality = quality.to(x.dtype)
-    loss = torch.where(quality > 0, quality, alpha * power(torch.sigmoid(x), gamma)) * cross_entropy(x, quality)
-    return reduce_loss(loss, weights=weights, ignore=ignore, reduction=reduction, positives=(quality > 0).to(loss))
+    """Compute the cross entropy with the soft target q, times q for positives and alpha p^gamma for negatives.
 
-
-def ghm_weights(gradient: Tensor, *, bins: int = 10, ignore: Tensor | None = None) -> Tensor:
-    """Weight of every entry by how many others have a gradient of about its size (Li et al. 2019, "Gradient Harmonized
-    Single-stage Detector", equation 9): N / (entries in its bin * bins that are not empty).
+    Only negatives are focused; positives count by their quality (Zhang et al. 2021, "VarifocalNet", equation 2).
 
     Args:
-        gradient: |p - target| of every entry, 0..1, any shape.
-        bins: of equal width.
-        ignore: entries that neither count nor weigh, of shapes as in `detector.losses.focal`.
+        logits: any shape, before the sigmoid, any floating type.
+        quality: soft target in the shape of `logits`: 0 for negatives, 0..1 for positives (the IoU of the predicted box
+            with its object).
+        alpha: weight of negatives.
+        gamma: focusing parameter of negatives, at least 0.
+        weights, ignore, reduction: factors of the loss, mask and reduction, as in `sigmoid_focal_loss`; entries with a
+            quality above 0 are positives.
 
     Returns:
-        In the shape of `gradient`; 0 where ignored. The mean over what is not ignored is 1.
+        The loss of every entry, in the shape of `logits`, or a scalar; fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: the shapes do not match, or the reduction is unknown.
+
+    Example:
+        >>> varifocal_loss(torch.tensor([2.0, -1.0]), torch.tensor([0.8, 0.0]))
+        tensor([0.4215, 0.0170])
     """
-    place = bin_of(gradient, bins)
-    valid = torch.ones_like(gradient, dtype=torch.bool)
-    if ignore is not None:
-        valid = ~by_example(ignore, gradient.shape, "ignore").bool()
-    weights = weights_of_bins(entries_of_bins(place, valid, bins))
-    return torch.where(valid, weights.to(gradient.dtype)[place], 0.0)
-
-
-def bin_of(gradient: Tensor, bins: int) -> Tensor:
-    """Which of `bins` of equal width each gradient of 0..1 is in; no gradient."""
-    return (gradient.detach() * bins).long().clamp(0, bins - 1)
-
-
-def entries_of_bins(place: Tensor, valid: Tensor, bins: int) -> Tensor:
-    """(bins,) int64: how many valid entries are in each (a sum of ones in fp32 would stand still at 16.8 million)."""
-    counts = torch.zeros(bins, dtype=torch.int64, device=place.device)
-    return counts.index_add_(0, place.flatten(), valid.flatten().long())
-
-
-def weights_of_bins(counts: Tensor) -> Tensor:
-    """What the entries of each bin weigh, (bins,) fp64, for `counts` (bins,) of them."""
-    filled = (counts > 0).sum().clamp(min=1)
-    return counts.sum().double() / (counts.clamp(min=1) * filled).double()
+    x, quality = prepare(logits, quality, ignore)
+    loss = torch.where(quality > 0, quality, alpha * power(torch.sigmoid(x), gamma)) * cross_entropy(x, quality)
+    return reduce_loss(loss, weights=weights, ignore=ignore, reduction=reduction, positives=(quality > 0).to(loss))
 
 
 def ghm_loss(
@@ -126,10 +147,66 @@ def ghm_loss(
     ignore: Tensor | None = None,
     reduction: Reduction = "none",
 ) -> Tensor:
-    """Cross entropy of every entry, weighed by `ghm_weights` (GHM-C, equation 10; without the moving average over steps,
-    which would make a step depend on those before it)."""
-    x = unignored(wide(logits), ignore)
-    targets = targets.to(x.dtype)
+    """Compute GHM-C: the cross entropy of every entry, weighted by the density of similar gradients.
+
+    Li et al. 2019, "Gradient Harmonized Single-stage Detector", equation 10, with the weights of `ghm_weights`. Without
+    the paper's moving average over steps, which would make a step depend on earlier ones.
+
+    Args:
+        logits: any shape, before the sigmoid, any floating type.
+        targets: ground truth in 0..1, in the shape of `logits`.
+        bins: number of bins of equal width for the gradient |p - target|.
+        ignore, reduction: mask and reduction, as in `sigmoid_focal_loss`; ignored entries do not count in the density.
+
+    Returns:
+        The loss of every entry, in the shape of `logits`, or a scalar; fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: the shapes do not match, or the reduction is unknown.
+
+    Example:
+        >>> ghm_loss(torch.tensor([2.0, -2.0, 3.0]), torch.tensor([1.0, 0.0, 0.0]))  # two easy entries, a hard one
+        tensor([0.0952, 0.0952, 4.5729])
+    """
+    x, targets = prepare(logits, targets, ignore)
     weight = ghm_weights((torch.sigmoid(x) - targets).abs(), bins=bins, ignore=ignore)
     loss = cross_entropy(x, targets) * weight
     return reduce_loss(loss, weights=None, ignore=ignore, reduction=reduction, positives=targets)
+
+
+def ghm_weights(gradient: Tensor, *, bins: int = 10, ignore: Tensor | None = None) -> Tensor:
+    """Weight every entry by the inverse density of gradients of about its size (Li et al. 2019, equation 9).
+
+    The weight is N / (number of entries in the same bin * number of bins that are not empty).
+
+    Args:
+        gradient: |p - target| of every entry, 0..1, any shape.
+        bins: number of bins of equal width.
+        ignore: mask of entries to leave out, in a shape as in `sigmoid_focal_loss`.
+
+    Returns:
+        Weights in the shape of `gradient`, 0 where ignored; their mean over the other entries is 1.
+    """
+    index = bin_index(gradient, bins)
+    valid = torch.ones_like(gradient, dtype=torch.bool)
+    if ignore is not None:
+        valid = ~expand_to_loss(ignore, gradient.shape, "ignore").bool()
+    weights = bin_weights(bin_counts(index, valid, bins))
+    return torch.where(valid, weights.to(gradient.dtype)[index], 0.0)
+
+
+def bin_index(gradient: Tensor, bins: int) -> Tensor:
+    """Return which of `bins` of equal width each gradient in 0..1 falls into: int64, in the shape of `gradient`."""
+    return (gradient.detach() * bins).long().clamp(0, bins - 1)
+
+
+def bin_counts(index: Tensor, valid: Tensor, bins: int) -> Tensor:
+    """Count the valid entries of each bin: (bins,) int64 (a sum of ones in fp32 would stop growing at 16.8 million)."""
+    counts = torch.zeros(bins, dtype=torch.int64, device=index.device)
+    return counts.index_add_(0, index.flatten(), valid.flatten().long())
+
+
+def bin_weights(counts: Tensor) -> Tensor:
+    """Return the weight of an entry of each bin, (bins,) fp64, from the counts (bins,)."""
+    filled = (counts > 0).sum().clamp(min=1)
+    return counts.sum().double() / (counts.clamp(min=1) * filled).double()

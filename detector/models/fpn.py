@@ -1,64 +1,82 @@
-"""Feature pyramid P3..P7 (Lin et al. 2017b; the RetinaNet paper's footnote 2 for P6 and P7)."""
+"""The feature pyramid (Lin et al. 2017b; the RetinaNet paper's footnote 2 for P6 and P7)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detector.models.backbone import too_narrow_for_bf16
+from detector.config import PyramidInput
+from detector.models.convolution import too_narrow_for_bf16
 
 
 class FeaturePyramid(nn.Module):
-    """C3..C5 to P3..P7, all with the same number of channels.
+    """C3..C5 to P3..P7, all with the same number of channels; or any other consecutive levels.
 
     Args:
-        in_channels: of C3, C4, C5.
-        channels: of every level.
-        p6_from: the input of P6's strided convolution: "c5" (the paper) or "p5".
-        relu_before_p7: as in the paper; mmdetection leaves it out.
+        in_channels: channels of each of the backbone's feature maps, finest first.
+        channels: channels of every level of the pyramid.
+        in_strides: strides of the backbone's feature maps.
+        num_extra_levels: levels after the backbone's, each at half the resolution of the one before.
+        p6_from: the input of the first of them: "c5", the backbone's last feature map (the paper's choice), or "p5",
+            the pyramid's level at its resolution.
+        relu_before_p7: apply ReLU before each further one, as in the paper; mmdetection does not.
     """
 
     def __init__(
-        self, in_channels: Sequence[int], channels: int, *, p6_from: Literal["c5", "p5"], relu_before_p7: bool
+        self,
+        in_channels: Sequence[int],
+        channels: int,
+        *,
+        in_strides: Sequence[int] = (8, 16, 32),
+        num_extra_levels: int = 2,
+        p6_from: PyramidInput,
+        relu_before_p7: bool,
     ) -> None:
         super().__init__()
         self.p6_from = p6_from
         self.relu_before_p7 = relu_before_p7
+        extra_strides = [in_strides[-1] << n for n in range(1, num_extra_levels + 1)]
+        self.strides = (*in_strides, *extra_strides)
+        """Image size over feature map size of each level, finest first."""
+        self.extra_levels = [f"p{stride.bit_length() - 1}" for stride in extra_strides]
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
-        self.p6 = nn.Conv2d(in_channels[-1] if p6_from == "c5" else channels, channels, 3, stride=2, padding=1)
-        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        width = in_channels[-1] if p6_from == "c5" else channels
+        for name in self.extra_levels:
+            self.add_module(name, nn.Conv2d(width, channels, 3, stride=2, padding=1))
+            width = channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """[(B, C_l, H_l, W_l)] of C3..C5 to [(B, channels, H_l, W_l)] of P3..P7."""
+        """[(B, C_l, H_l, W_l)] of the backbone to [(B, channels, H_l, W_l)] of the pyramid, finest first."""
         merged = self.lateral[-1](features[-1])
         outputs = [self.output[-1](merged)]
         for level in range(len(features) - 2, -1, -1):
             lateral = self.lateral[level](features[level])
-            merged = _plus_enlarged(lateral, merged)
+            merged = _add_upsampled(lateral, merged)
             outputs.insert(0, self.output[level](merged))
-        p6 = _strided(self.p6, features[-1] if self.p6_from == "c5" else outputs[-1])
-        p7 = _strided(self.p7, F.relu(p6) if self.relu_before_p7 else p6)
-        return [*outputs, p6, p7]
+        x = features[-1] if self.p6_from == "c5" else outputs[-1]
+        for number, name in enumerate(self.extra_levels):
+            x = _strided(getattr(self, name), F.relu(x) if number > 0 and self.relu_before_p7 else x)
+            outputs.append(x)
+        return outputs
 
 
-def _plus_enlarged(fine: Tensor, coarse: Tensor) -> Tensor:
-    """(B, C, H, W) plus (B, C, H / 2, W / 2), or rounded up, enlarged to it by repeating."""
+def _add_upsampled(fine: Tensor, coarse: Tensor) -> Tensor:
+    """(B, C, H, W) plus (B, C, H / 2, W / 2), sizes rounded up, upsampled to it by repeating cells."""
     height, width = coarse.shape[-2:]
     if fine.shape[-2:] != (2 * height, 2 * width):
         return fine + F.interpolate(coarse, size=fine.shape[-2:], mode="nearest")
-    # A sum with every cell's four: the enlarged map need not be made, nor its gradient be scattered.
-    fours = fine.view(*fine.shape[:2], height, 2, width, 2) + coarse[:, :, :, None, :, None]
-    enlarged: Tensor = fours.flatten(4, 5).flatten(2, 3)
-    return enlarged
+    # Adds each coarse cell to its four fine ones by broadcasting: no upsampled map, and no scatter of its gradient.
+    blocks = fine.view(*fine.shape[:2], height, 2, width, 2) + coarse[:, :, :, None, :, None]
+    added: Tensor = blocks.flatten(4, 5).flatten(2, 3)
+    return added
 
 
 def _strided(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from detector.models.backbone import conv_relu
+from detector.config import HeadNorm
+from detector.models.convolution import conv_relu
 
 
 class Subnet(nn.Module):
     """`depth` 3x3 convolutions with ReLU, then one that gives `outputs` numbers for each of a cell's anchors.
 
     Args:
-        in_channels: of the pyramid.
+        in_channels: channels of the pyramid.
         outputs: numbers per anchor: K classes or 4 deltas.
-        num_anchors: per cell.
-        depth: hidden convolutions.
-        channels: of the hidden convolutions.
-        norm: "gn" puts GroupNorm of 32 groups behind each hidden convolution, which then has no bias,
-        bias_before_norm: unless it is to keep it.
-        prior_prob: for the class subnet, the score that every anchor starts with (section 4.1); None: no bias.
-        background: the last output of an anchor is the background's, and the scores are a softmax; the others then share
-            `prior_prob`.
+        num_anchors: anchors per cell.
+        depth: number of hidden convolutions.
+        channels: channels of the hidden convolutions.
+        norm: "gn" adds GroupNorm with 32 groups after each hidden convolution, which then has no bias.
+        bias_before_norm: keep the bias of convolutions before a norm.
+        prior_prob: for the class subnet, the initial score of every anchor (section 4.1); None: biases start at 0.
+        background: the last output of an anchor is the background's, and the scores are a softmax; the classes then
+            share `prior_prob`.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Subnet(nn.Module):
         num_anchors: int,
         depth: int,
         channels: int,
-        norm: Literal["none", "gn"],
+        norm: HeadNorm,
         bias_before_norm: bool = False,
         prior_prob: float | None = None,
         background: bool = False,
@@ -64,7 +65,7 @@ class Subnet(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """[(B, C, H_l, W_l)] to ((B, H_l * W_l * num_anchors, outputs)), cells row by row, anchors within."""
-        return tuple(self._by_anchor(self.predictor(self._hidden(x))) for x in features)
+        return tuple(self._per_anchor(self.predictor(self._hidden(x))) for x in features)
 
     def _hidden(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or (len(self.tower) and isinstance(self.tower[1], nn.GroupNorm)):
@@ -74,8 +75,8 @@ class Subnet(nn.Module):
             x = conv_relu(conv, x)
         return x
 
-    def _by_anchor(self, x: Tensor) -> Tensor:
-        # free of copies where x is channels_last
+    def _per_anchor(self, x: Tensor) -> Tensor:
+        # needs no copy where x is channels_last
         return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.outputs)
 
 
@@ -85,5 +86,5 @@ def prior_bias(prior_prob: float) -> float:
 
 
 def background_bias(prior_prob: float, num_classes: int) -> float:
-    """The background's bias with which, all others being 0, the softmax gives the classes `prior_prob` together."""
+    """The background's bias for which the softmax gives the classes `prior_prob` together, all other biases being 0."""
     return math.log(num_classes * (1 - prior_prob) / prior_prob)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from detector.anchors import AnchorGenerator, pyramid_grids
-from detector.config import ModelConfig
-from detector.models.backbone import ResNet
+from detector.anchors import STRIDES, AnchorGenerator, pyramid_grids
+from detector.config import Activation, ChannelOrder, ModelConfig
+from detector.models.backbone import Backbone
 from detector.models.fpn import FeaturePyramid
 from detector.models.heads import Subnet
+from detector.models.resnet import ResNet
 from detector.structures import HeadOutputs
 
 
 class RetinaNet(nn.Module):
-    """Images to what the heads say about every anchor; the same in training and evaluation.
+    """Images to class logits and box deltas of every anchor; the same in training and evaluation.
 
     Args:
-        backbone: gives C3, C4, C5.
-        fpn: gives P3..P7.
-        cls_subnet, box_subnet: give logits and deltas.
-        anchors: of the levels.
-        pixel_mean, pixel_std: of values 0..255, in the order of `channel_order`.
-        channel_order: of what the backbone sees.
+        backbone: computes the feature maps, e.g. C3 to C5.
+        fpn: computes the pyramid's levels, e.g. P3 to P7.
+        cls_subnet: computes class logits.
+        box_subnet: computes box deltas.
+        anchors: the anchors of the pyramid's levels.
+        pixel_mean, pixel_std: mean and standard deviation of values 0..255, in the order of `channel_order`.
+        channel_order: of the backbone's input.
         activation: of the class scores; see `HeadOutputs`.
     """
 
@@ -33,7 +35,7 @@ class RetinaNet(nn.Module):
 
     def __init__(
         self,
-        backbone: ResNet,
+        backbone: Backbone,
         fpn: FeaturePyramid,
         *,
         cls_subnet: Subnet,
@@ -41,45 +43,49 @@ class RetinaNet(nn.Module):
         anchors: AnchorGenerator,
         pixel_mean: tuple[float, float, float],
         pixel_std: tuple[float, float, float],
-        channel_order: Literal["rgb", "bgr"] = "rgb",
-        activation: Literal["sigmoid", "softmax"] = "sigmoid",
+        channel_order: ChannelOrder = "rgb",
+        activation: Activation = "sigmoid",
     ) -> None:
         super().__init__()
+        if not len(anchors.cells) == len(anchors.strides) == len(fpn.strides):
+            raise ValueError(
+                f"anchors must have sizes for strides {fpn.strides}, got {len(anchors.cells)} for {anchors.strides}"
+            )
         self.backbone = backbone
         self.fpn = fpn
         self.cls_subnet = cls_subnet
         self.box_subnet = box_subnet
         self.anchors = anchors
         self.channel_order = channel_order
-        self.activation: Literal["sigmoid", "softmax"] = activation
+        self.activation: Activation = activation
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> HeadOutputs:
-        """Look at a batch.
+        """Run the network on a batch.
 
         Args:
             images: (B, 3, H, W) uint8, or float32 in 0..255, RGB.
-            image_sizes: (B, 2) height and width of each without padding.
+            image_sizes: (B, 2) height and width of each image without padding.
         """
-        cls_logits, box_deltas = self.look(images, image_sizes)
+        cls_logits, box_deltas = self.forward_tensors(images, image_sizes)
         return HeadOutputs(cls_logits, box_deltas, self.anchors_of(images), self.activation)
 
     def forward_normalized(self, images: Tensor) -> HeadOutputs:
-        """The same from a normalised, zero-padded (B, 3, H, W) float batch."""
+        """Run the network on a normalized, zero-padded (B, 3, H, W) float batch."""
         return HeadOutputs(*self.heads(images), self.anchors_of(images), self.activation)
 
-    def look(self, images: Tensor, image_sizes: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Logits and deltas, `forward` without the anchors: tensors in, tensors out, which is what can be compiled."""
+    def forward_tensors(self, images: Tensor, image_sizes: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """`forward` without the anchors: tensors in, tensors out, which can be compiled."""
         return self.heads(self.normalize(images, image_sizes))
 
     def heads(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Logits and deltas of a normalised batch, per level."""
-        features = self.fpn(self.backbone(images.to(self.backbone.conv1.weight.dtype)))
+        """Logits and deltas of a normalized batch, per level."""
+        features = self.fpn(self.backbone(images.to(self.backbone.dtype)))
         return self.cls_subnet(features), self.box_subnet(features)
 
     def normalize(self, images: Tensor, image_sizes: Tensor) -> Tensor:
-        """Subtract the mean, divide by the deviation, then zero what is padding (so that zero means "average grey")."""
+        """Subtract the mean, divide by the standard deviation, then zero the padding, which is thus "average grey"."""
         ordered = images.flip(1) if self.channel_order == "bgr" else images
         normalized = (ordered.float() - self.pixel_mean) / self.pixel_std
         height, width = images.shape[-2:]
@@ -92,38 +98,39 @@ class RetinaNet(nn.Module):
         return out
 
     def grids_of(self, images: Tensor) -> list[tuple[int, int]]:
-        """Height and width in cells of the levels of a (B, 3, H, W) batch."""
-        return pyramid_grids((images.shape[-2], images.shape[-1]))
+        """Height and width in cells of each level for a (B, 3, H, W) batch."""
+        return pyramid_grids((images.shape[-2], images.shape[-1]), self.fpn.strides)
 
     def anchors_of(self, images: Tensor) -> Tensor:
-        """(A, 4) anchors of a (B, 3, H, W) batch; needs no pass through the network."""
+        """(A, 4) anchors of a (B, 3, H, W) batch, without running the network."""
         size = (images.shape[-2], images.shape[-1])
         anchors: Tensor = self.anchors(size, self.grids_of(images), images.device)
         return anchors
 
 
-def build_anchors(config: ModelConfig) -> AnchorGenerator:
-    """The anchors that a config describes."""
-    a = config.anchors
+def build_anchors(config: ModelConfig, strides: Sequence[int] = STRIDES) -> AnchorGenerator:
+    """Build the anchors of a config for levels of these strides."""
+    anchors, compat = config.anchors, config.compat
     return AnchorGenerator(
-        a.sizes, a.octave_scales, ratios=a.ratios, strides=a.strides, center_offset=a.center_offset, rounding=a.rounding
-    )
+        anchors.sizes, anchors.octave_scales, ratios=anchors.ratios, spacing=compat.anchor_spacing,
+        center_offset=compat.anchor_center_offset, rounding=compat.anchor_rounding, strides=strides,
+    )  # fmt: skip
 
 
 def build_model(config: ModelConfig, num_classes: int) -> RetinaNet:
-    """The network that a config describes, freshly initialised (weights: see `detector.models.weights`)."""
-    anchors = build_anchors(config)
+    """Build the network of a config, freshly initialized (loading weights: `detector.weights`)."""
     backbone = ResNet(
         config.backbone,
         norm=config.norm,
-        norm_eps=config.norm_eps,
+        norm_eps=config.compat.norm_eps,
         num_trainable_layers=config.num_trainable_layers,
-        stride_in=config.stride_in,
+        stride_in=config.compat.stride_in,
     )
     fpn = FeaturePyramid(
-        backbone.channels, config.fpn_channels, p6_from=config.p6_from, relu_before_p7=config.relu_before_p7
-    )
-
+        backbone.channels, config.fpn_channels, in_strides=backbone.strides, p6_from=config.compat.p6_from,
+        relu_before_p7=config.compat.relu_before_p7,
+    )  # fmt: skip
+    anchors = build_anchors(config, fpn.strides)
     softmax = config.head.activation == "softmax"
 
     def subnet(outputs: int, prior_prob: float | None) -> Subnet:
@@ -134,7 +141,7 @@ def build_model(config: ModelConfig, num_classes: int) -> RetinaNet:
             depth=config.head.depth,
             channels=config.head.channels or config.fpn_channels,
             norm=config.head.norm,
-            bias_before_norm=config.head.bias_before_norm,
+            bias_before_norm=config.compat.bias_before_norm,
             prior_prob=prior_prob,
             background=softmax and prior_prob is not None,
         )
@@ -147,6 +154,6 @@ def build_model(config: ModelConfig, num_classes: int) -> RetinaNet:
         anchors=anchors,
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
-        channel_order=config.channel_order,
+        channel_order=config.compat.channel_order,
         activation=config.head.activation,
     )

@@ -1,1 +1,1 @@
-"""Pictures and tables for people."""
+"""Drawn boxes, figures, and the analysis of the class loss."""

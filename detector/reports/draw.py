@@ -1,4 +1,4 @@
-"""Boxes on pictures: ground truth and detections, drawn so that they stay readable at any size and in any crowd."""
+"""Draw ground truth and detections on images, readable at any image size and object density."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from detector.structures import Detections
 
 Color = tuple[int, int, int]
 Numbers = ArrayLike | Tensor
-Picture = NDArray[np.uint8] | Image.Image
+ImageLike = NDArray[np.uint8] | Image.Image
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 MIN_SIDE = 560
-"""Pixels: a picture whose longer side is shorter is enlarged by a whole factor, or no label could be read on it."""
+"""Pixels: an image whose longer side is shorter is enlarged by an integer factor, to make its labels readable."""
 MAX_COVER = 0.15
-"""The share of an object that a label may hide before it is shortened or left out."""
+"""The share of an object that a label may hide before it is shortened or omitted."""
 MAX_LABELS = 200
-"""Objects after these get no label: nobody could read them all, and placing them takes quadratic time."""
+"""Objects beyond these get no label: nobody could read them all, and placing them takes quadratic time."""
 PALETTE_SIZE = 128
 INK: Color = (20, 20, 24)
 PAPER: Color = (245, 245, 245)
@@ -35,9 +35,9 @@ GREY: Color = (150, 150, 150)
 
 @lru_cache(maxsize=1)
 def _palette() -> list[Color]:
-    """Each colour is the one farthest in Oklab (Ottosson, 2020) from grey and from all before it.
+    """Colours that are each the farthest in Oklab (Ottosson, 2020) from grey and from all before it.
 
-    So the first n are well separated for every n, and none looks like an ignored region.
+    So the first n are well separated for every n, and none resembles an ignored region.
     """
     steps = np.linspace(0, 255, 18).round()
     rgb = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, 3)
@@ -46,7 +46,7 @@ def _palette() -> list[Color]:
     lab = np.cbrt(lms) @ np.array([[0.2105, 1.9780, 0.0259], [0.7936, -2.4286, 0.7828], [-0.0041, 0.4506, -0.8087]])
     lightness, chroma = lab[:, 0], np.hypot(lab[:, 1], lab[:, 2])
     clear = (lightness > 0.6) & (lightness < 0.92) & (chroma > 0.1) & (chroma < 0.22)
-    rgb, lab = rgb[clear], lab[clear] * (0.7, 1, 1)  # on a photo hue tells more than lightness
+    rgb, lab = rgb[clear], lab[clear] * (0.7, 1, 1)  # on a photo, hue is easier to distinguish than lightness
     distance = np.linalg.norm(lab - (0.7 * 0.67, 0, 0), axis=1)
     colors: list[Color] = []
     for _ in range(PALETTE_SIZE):
@@ -57,14 +57,18 @@ def _palette() -> list[Color]:
 
 
 def class_color(label: int) -> Color:
-    """The RGB colour of class `label` >= 0, the same in every run and data set; repeats after PALETTE_SIZE classes."""
+    """The RGB colour of a class, the same in every run and dataset; colours repeat after PALETTE_SIZE classes.
+
+    Raises:
+        ValueError: a negative label.
+    """
     if label < 0:
         raise ValueError(f"label must be 0 or more, got {label}")
     return _palette()[label % PALETTE_SIZE]
 
 
 def _text_color(background: Color) -> Color:
-    """Dark or light, whichever reads better on the background (by Rec. 709 luma)."""
+    """Dark or light, whichever has more contrast with the background (by Rec. 709 luma)."""
     return INK if np.dot(background, (0.2126, 0.7152, 0.0722)) > 120 else PAPER
 
 
@@ -75,18 +79,18 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def _readable(text: str, otherwise: str) -> str:
-    """The text in ASCII, which is all that Pillow's own font draws: no accents, ? for other scripts.
+def _to_ascii(text: str, fallback: str) -> str:
+    """Convert text to ASCII, which is all that Pillow's own font draws: no accents, ? for other scripts.
 
-    `otherwise` where nothing is left to read.
+    Returns `fallback` if no readable character is left.
     """
     plain = [c for c in unicodedata.normalize("NFKD", text[:200]) if not unicodedata.combining(c)]
     shown = "".join(c if c.isascii() and c.isprintable() else " " if c.isspace() else "?" for c in plain)
-    return shown.strip() if any(c.isascii() and not c.isspace() for c in plain) else otherwise
+    return shown.strip() if any(c.isascii() and not c.isspace() for c in plain) else fallback
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, cut with an ellipsis where wider than `width` pixels."""
+    """Shorten text wider than `width` pixels with an ellipsis."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -94,8 +98,8 @@ def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     return text.rstrip() + "…"
 
 
-def _to_rgb(image: Picture) -> Image.Image:
-    """A copy of the picture, RGB."""
+def _to_rgb(image: ImageLike) -> Image.Image:
+    """Copy an image as RGB."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -103,8 +107,8 @@ def _to_rgb(image: Picture) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image)).copy()
 
 
-def _checked(what: str, values: Numbers, shape: tuple[int, ...]) -> Floats:
-    """The values as float64 of that shape, where -1 stands for any length; ValueError where not finite."""
+def _validated(what: str, values: Numbers, shape: tuple[int, ...]) -> Floats:
+    """Convert finite values to float64 of this shape, where -1 is any length; else raise ValueError."""
     array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
     array = array.reshape(0, *shape[1:]) if array.size == 0 else array
     if array.ndim != len(shape) or any(want not in (-1, got) for want, got in zip(shape, array.shape, strict=True)):
@@ -115,11 +119,11 @@ def _checked(what: str, values: Numbers, shape: tuple[int, ...]) -> Floats:
     return array
 
 
-def _visible(boxes: Floats, picture: tuple[int, int]) -> tuple[Ints, Ints]:
-    """The boxes that touch the picture, (N', 4) clipped to it and rounded, and (N',) which they are."""
+def _visible(boxes: Floats, size: tuple[int, int]) -> tuple[Ints, Ints]:
+    """The boxes that touch an image of this width and height, (N', 4) clipped and rounded, and their indices (N',)."""
     boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1)
-    kept = np.flatnonzero(((boxes[:, :2] <= picture) & (boxes[:, 2:] >= 0)).all(axis=1))
-    return boxes[kept].clip(0, picture * 2).round().astype(np.int64), kept
+    kept = np.flatnonzero(((boxes[:, :2] <= size) & (boxes[:, 2:] >= 0)).all(axis=1))
+    return boxes[kept].clip(0, size * 2).round().astype(np.int64), kept
 
 
 def _overlap(a: Floats, b: Floats) -> Floats:
@@ -128,68 +132,81 @@ def _overlap(a: Floats, b: Floats) -> Floats:
     return np.asarray(sides.clip(0).prod(axis=2))
 
 
-def place_labels(boxes: Floats, widths: Floats, height: int, picture: tuple[int, int]) -> tuple[Ints, Ints]:
-    """Find a place for each label, greedily in the order given: above its box, below, within or beside.
+def place_labels(boxes: Floats, widths: Floats, height: int, size: tuple[int, int]) -> tuple[Ints, Ints]:
+    """Place each label, greedily in the given order: above its box, below, inside, or at its left or right.
 
     Args:
-        boxes: (N, 4) xyxy, where the objects are.
-        widths: (N, T) of the T texts that would do, preferred first.
-        height: of every label.
-        picture: width and height of the picture, which no label leaves.
+        boxes: (N, 4) xyxy, the objects.
+        widths: (N, T) widths of the T alternative texts, preferred first.
+        height: height of every label.
+        size: width and height of the image, which no label exceeds.
 
     Returns:
-        (N,) which text, -1 where none can be placed without covering another label or more than MAX_COVER of an
-        object, and (N, 4) the label's xyxy, zeros where there is none.
+        (N,) index of the text, -1 where none can be placed without covering another label or more than MAX_COVER of an
+        object; and (N, 4) xyxy of the label, zeros where there is none.
     """
     choice = np.full(len(boxes), -1)
     placed = np.zeros((len(boxes), 4))
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1).clip(1)
     for i, (x1, y1, x2, y2) in enumerate(boxes[:MAX_LABELS]):
         for text, width in enumerate(widths[i]):
-            if width > picture[0] or height > picture[1]:
+            if width > size[0] or height > size[1]:
                 continue
             left, right, above, below = x1 - width, x2 - width, y1 - height, y2 - height
             outside = [[x1, above], [right, above], [x1, y2], [right, y2]]
-            within = [[x1, y1], [right, y1], [x1, below], [right, below]]
-            beside = [[x2, y1], [left, y1], [x2, below], [left, below]]
-            corners = np.array([*outside, *within, *beside])
-            corners = corners.clip(0, (picture[0] - width, picture[1] - height)).round()
+            inside = [[x1, y1], [right, y1], [x1, below], [right, below]]
+            next_to = [[x2, y1], [left, y1], [x2, below], [left, below]]
+            corners = np.array([*outside, *inside, *next_to])
+            corners = corners.clip(0, (size[0] - width, size[1] - height)).round()
             spots = np.concatenate([corners, corners + np.array([width, height])], axis=1)
             spots = spots[~(_overlap(spots, placed[:i]) > 0).any(axis=1)]
             covered = (_overlap(spots, boxes) / areas).max(axis=1)
             if len(spots) and covered.min() <= MAX_COVER:
-                # the first spot that hides next to nothing, else the one that hides least
+                # the first spot that hides at most 2 % of any object, else the one that hides least
                 choice[i], placed[i] = text, spots[covered.clip(0.02).argmin()]
                 break
     return choice, placed.astype(np.int64)
 
 
 def _hatch(canvas: Image.Image, box: list[int], line: int) -> None:
-    """Grey stripes and a frame over a region that does not count."""
+    """Draw grey stripes and a frame over an ignored region."""
     x1, y1, x2, y2 = box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)
     stripes = np.add.outer(np.arange(y2 - y1), np.arange(x2 - x1)) % (10 * line) < 2 * line
     canvas.paste(GREY, (x1, y1), Image.fromarray((stripes * 120).astype(np.uint8)))
     ImageDraw.Draw(canvas).rectangle((x1, y1, x2 - 1, y2 - 1), outline=GREY, width=line)
 
 
-def _frame(draw: ImageDraw.ImageDraw, box: list[int], color: Color, line: int, edge: int) -> None:
-    """A coloured line with a dark one of width `edge` on each side, all inside the box."""
-    x1, y1, x2, y2 = box
-    draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=INK, width=line + 2 * edge)
-    if min(x2 - x1, y2 - y1) > 2 * edge:
-        draw.rectangle((x1 + edge, y1 + edge, x2 - 1 - edge, y2 - 1 - edge), outline=color, width=line)
+def _draw_frames(canvas: Image.Image, objects: Ints, classes: Ints, line: int) -> Ints:
+    """Draw frames around objects (N, 4), the first on top, and return their outer edges (N, 4).
+
+    Lines are `line` pixels wide, and thinner on small objects, so that they do not cover the surroundings. Each has a
+    dark line on both sides.
+    """
+    sides = objects[:, 2:] - objects[:, :2]
+    lines = (sides.min(axis=1, initial=6 * line) // 6).clip(1)
+    edges = (lines // 3).clip(1)
+    outset = (lines + 2 * edges)[:, None]
+    outer = np.concatenate([(objects[:, :2] - outset).clip(0), (objects[:, 2:] + outset).clip(0, canvas.size)], axis=1)
+    draw = ImageDraw.Draw(canvas)
+    for i in range(len(objects) - 1, -1, -1):
+        (x1, y1, x2, y2), width, edge = outer[i].tolist(), int(lines[i]), int(edges[i])
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=INK, width=width + 2 * edge)
+        if min(x2 - x1, y2 - y1) > 2 * edge:
+            inner = (x1 + edge, y1 + edge, x2 - 1 - edge, y2 - 1 - edge)
+            draw.rectangle(inner, outline=class_color(int(classes[i])), width=width)
+    return outer
 
 
 def _caption(text: str, width: int, size: int) -> Image.Image:
-    """A strip with a line of text."""
+    """Create a strip with a line of text."""
     strip = Image.new("RGB", (width, 2 * size), INK)
-    text = _fit(_readable(text, ""), _font(size), width - size)
+    text = _fit(_to_ascii(text, ""), _font(size), width - size)
     ImageDraw.Draw(strip).text((size // 2, size), text, PAPER, _font(size), anchor="lm")
     return strip
 
 
 def _legend(labels: Ints, names: dict[int, str], width: int, rows: int, size: int) -> Image.Image:
-    """A strip that names the colours, most frequent class first, with the number of objects, in at most `rows` rows."""
+    """Create a strip of at most `rows` rows with colour, name and number of objects of the most frequent classes."""
     font, row = _font(size), round(1.6 * size)
     entries = [(class_color(k), f"{names[k]}  {n}") for k, n in Counter(labels.tolist()).most_common()]
     column = 3 * size + math.ceil(max(font.getlength(text) for _, text in entries))
@@ -206,21 +223,21 @@ def _legend(labels: Ints, names: dict[int, str], width: int, rows: int, size: in
     return strip
 
 
-def _join(pictures: Sequence[Image.Image], *, down: bool, gap: int = 0, width: int = 0) -> Image.Image:
-    """The pictures side by side or one below the other, on a sheet at least `width` wide."""
-    sizes = np.array([p.size for p in pictures])
-    total, widest = sizes.sum(axis=0) + gap * (len(pictures) - 1), sizes.max(axis=0)
-    w, h = (widest[0], total[1]) if down else (total[0], widest[1])
-    sheet = Image.new("RGB", (max(int(w), width), int(h)), INK)
-    at = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, at) if down else (at, 0))
-        at += gap + (picture.height if down else picture.width)
+def _concat(images: Sequence[Image.Image], *, down: bool, gap: int = 0) -> Image.Image:
+    """Concatenate images horizontally or (`down`) vertically."""
+    sizes = np.array([image.size for image in images])
+    total, widest = sizes.sum(axis=0) + gap * (len(images) - 1), sizes.max(axis=0)
+    size = (widest[0], total[1]) if down else (total[0], widest[1])
+    sheet = Image.new("RGB", (int(size[0]), int(size[1])), INK)
+    offset = 0
+    for image in images:
+        sheet.paste(image, (0, offset) if down else (offset, 0))
+        offset += gap + (image.height if down else image.width)
     return sheet
 
 
 def draw_boxes(
-    image: Picture,
+    image: ImageLike,
     boxes: Numbers,
     labels: Numbers,
     names: Sequence[str],
@@ -229,36 +246,36 @@ def draw_boxes(
     ignore_boxes: Numbers | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """Draw objects on a copy of the picture; lines and letters grow with it.
+    """Draw objects on a copy of an image; lines and letters scale with it.
 
     Without scores the boxes are ground truth: dark labels, smaller objects on top. With scores they are detections:
-    labels filled with the class colour, better ones on top. A label that would hide another or an object gives only
-    its score or nothing; then a legend below the picture names the classes. Boxes outside the picture are left out.
+    labels filled with the class colour, higher scores on top. A label that would hide another or an object shows only
+    its score or is omitted; a legend below the image then names the classes. Boxes outside the image are not drawn.
 
     Args:
-        image: (H, W, 3) uint8 RGB, or a PIL image. Enlarged by a whole factor if smaller than MIN_SIDE.
+        image: (H, W, 3) uint8 RGB, or a PIL image. Enlarged by an integer factor if smaller than MIN_SIDE.
         boxes: (N, 4) xyxy in the image's pixels.
         labels: (N,) integers in 0..len(names)-1.
-        names: of the classes; one that has no letter the font can draw is shown as # and its label.
+        names: class names; one without a letter that the font can draw is shown as # and its label.
         scores: (N,), or None for ground truth.
-        ignore_boxes: (R, 4), regions that do not count; hatched grey.
-        title: one line, set above the picture.
+        ignore_boxes: (R, 4) ignore regions, hatched grey.
+        title: a line of text above the image.
 
     Returns:
-        RGB; the image itself, pixel for pixel, where there is nothing to draw and no title.
+        An RGB image; an unchanged copy if there is nothing to draw and no title.
 
     Raises:
-        ValueError: for shapes that do not fit, numbers that are not finite, or labels without a name.
+        ValueError: mismatched shapes, numbers that are not finite, or labels without a name.
     """
     canvas = _to_rgb(image)
-    boxes = _checked("boxes", boxes, (-1, 4))
-    labels = _checked("labels", labels, (len(boxes),))
+    boxes = _validated("boxes", boxes, (-1, 4))
+    labels = _validated("labels", labels, (len(boxes),))
     bad = np.flatnonzero((labels < 0) | (labels >= len(names)) | (labels != labels.round()))
     if len(bad):
         rule = f"integers in 0..{len(names) - 1} (there are {len(names)} names)"
         raise ValueError(f"labels must be {rule}, got {labels[bad[0]]:g} at index {bad[0]} ({len(bad)} such)")
-    scores = None if scores is None else _checked("scores", scores, (len(boxes),))
-    ignored = _checked("ignore_boxes", () if ignore_boxes is None else ignore_boxes, (-1, 4))
+    scores = None if scores is None else _validated("scores", scores, (len(boxes),))
+    ignored = _validated("ignore_boxes", () if ignore_boxes is None else ignore_boxes, (-1, 4))
     if not len(boxes) and not len(ignored) and title is None:
         return canvas
 
@@ -271,26 +288,20 @@ def draw_boxes(
         _hatch(canvas, box, line)
 
     objects, kept = _visible(boxes * factor, canvas.size)
-    sides = objects[:, 2:] - objects[:, :2]
-    first = np.argsort(sides.prod(axis=1) if scores is None else -scores[kept], kind="stable")
-    objects, sides, kept = objects[first], sides[first], kept[first]
+    areas = (objects[:, 2:] - objects[:, :2]).prod(axis=1)
+    order = np.argsort(areas if scores is None else -scores[kept], kind="stable")
+    objects, kept = objects[order], kept[order]
     classes = labels[kept].astype(np.int64)
-    # lines go around the object and are thinner on small ones, so that they do not paint it over
-    lines = (sides.min(axis=1, initial=6 * line) // 6).clip(1)
-    edges = (lines // 3).clip(1)
-    outset = (lines + 2 * edges)[:, None]
-    outer = np.concatenate([(objects[:, :2] - outset).clip(0), (objects[:, 2:] + outset).clip(0, canvas.size)], axis=1)
-    draw = ImageDraw.Draw(canvas)
-    for i in range(len(objects) - 1, -1, -1):
-        _frame(draw, outer[i].tolist(), class_color(int(classes[i])), int(lines[i]), int(edges[i]))
+    outer = _draw_frames(canvas, objects, classes, line)
 
     font, pad = _font(size), max(3, size // 4)
-    short = {k: _fit(_readable(names[k], f"#{k}"), font, canvas.width / 3) for k in classes.tolist()}
+    short = {k: _fit(_to_ascii(names[k], f"#{k}"), font, canvas.width / 3) for k in classes.tolist()}
     texts = [[short[k]] for k in classes.tolist()]
     if scores is not None:
         texts = [[f"{name} {score:.2f}", f"{score:.2f}"] for (name,), score in zip(texts, scores[kept], strict=True)]
     widths = np.array([[math.ceil(font.getlength(t)) + 2 * pad for t in choices] for choices in texts], dtype=float)
     choice, places = place_labels(outer.astype(np.float64), widths, sum(font.getmetrics()), canvas.size)
+    draw = ImageDraw.Draw(canvas)
     for i in np.flatnonzero(choice >= 0).tolist():
         color, (x1, y1, x2, y2) = class_color(int(classes[i])), places[i].tolist()
         draw.rectangle((x1, y1, x2 - 1, y2 - 1), INK if scores is None else color, color, line // 2)
@@ -300,11 +311,11 @@ def draw_boxes(
     strips.append(canvas)
     if (choice != 0).any():
         strips.append(_legend(classes, short, canvas.width, max(2, canvas.height // (6 * size)), size))
-    return _join(strips, down=True)
+    return _concat(strips, down=True)
 
 
 def draw_detections(
-    image: Picture,
+    image: ImageLike,
     detections: Detections,
     names: Sequence[str],
     *,
@@ -312,53 +323,29 @@ def draw_detections(
     ignore_boxes: Numbers | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """`draw_boxes` for the detections that score `score_thresh` or more."""
-    kept = ~(detections.scores < score_thresh)  # so that a NaN is refused, not dropped
+    """Draw the detections that score at least `score_thresh`; see `draw_boxes`."""
+    kept = ~(detections.scores < score_thresh)  # written so that NaN is kept, and refused by draw_boxes
     boxes, labels, scores = detections.boxes[kept], detections.labels[kept], detections.scores[kept]
     return draw_boxes(image, boxes, labels, names, scores=scores, ignore_boxes=ignore_boxes, title=title)
 
 
 def side_by_side(
-    image: Picture,
+    image: ImageLike,
     detections: Detections,
-    truth_boxes: Numbers,
-    truth_labels: Numbers,
+    gt_boxes: Numbers,
+    gt_labels: Numbers,
     names: Sequence[str],
     *,
     ignore_boxes: Numbers | None = None,
     score_thresh: float = 0.3,
 ) -> Image.Image:
-    """Ground truth on the left, detections that score `score_thresh` or more on the right, each with a header.
+    """Draw ground truth on the left and detections that score at least `score_thresh` on the right, with titles.
 
     Shapes and errors as in `draw_boxes`.
     """
-    truth_boxes = _checked("truth_boxes", truth_boxes, (-1, 4))
-    found = int((detections.scores >= score_thresh).sum())
-    header = f"ground truth: {len(truth_boxes)}"
-    left = draw_boxes(image, truth_boxes, truth_labels, names, ignore_boxes=ignore_boxes, title=header)
-    header = f"predictions: {found} (score from {score_thresh:g})"
-    right = draw_detections(
-        image, detections, names, score_thresh=score_thresh, ignore_boxes=ignore_boxes, title=header
-    )
-    return _join([left, right], down=False, gap=max(2, left.width // 100))
-
-
-def contact_sheet(pictures: Sequence[Image.Image], *, columns: int, width: int) -> Image.Image:
-    """The pictures in rows of `columns`, each scaled to the width of its column, on a sheet `width` pixels wide.
-
-    Raises:
-        ValueError: for no pictures, no columns, or columns narrower than a pixel.
-    """
-    gap = max(2, width // 200)
-    cell = (width + gap) // columns - gap if columns > 0 else 0
-    if not pictures or cell < 1:
-        rule = "at least one picture, one column and a pixel per column"
-        raise ValueError(
-            f"contact_sheet must get {rule}, got {len(pictures)} pictures, {columns} columns, {width} pixels"
-        )
-    scaled = [
-        p.convert("RGB").resize((cell, max(1, round(p.height * cell / p.width))), Image.Resampling.LANCZOS)
-        for p in pictures
-    ]
-    rows = [_join(scaled[i : i + columns], down=False, gap=gap) for i in range(0, len(scaled), columns)]
-    return _join(rows, down=True, gap=gap, width=width)
+    gt_boxes = _validated("gt_boxes", gt_boxes, (-1, 4))
+    title = f"ground truth: {len(gt_boxes)}"
+    left = draw_boxes(image, gt_boxes, gt_labels, names, ignore_boxes=ignore_boxes, title=title)
+    title = f"detections: {int((detections.scores >= score_thresh).sum())} (score >= {score_thresh:g})"
+    right = draw_detections(image, detections, names, score_thresh=score_thresh, ignore_boxes=ignore_boxes, title=title)
+    return _concat([left, right], down=False, gap=max(2, left.width // 100))

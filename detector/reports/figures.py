@@ -1,7 +1,8 @@
-"""Figures of losses: curves over p_t, and who holds the loss. They need matplotlib (the extra `plots`)."""
+"""Figures of losses, loss concentration and calibration. They need matplotlib (the extra `plots`)."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,47 +16,45 @@ Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 """x and y, (n,) each."""
 
 
-def pyplot() -> Any:
-    """matplotlib's, drawing into files only.
+def import_matplotlib(module: str = "matplotlib") -> Any:
+    """Import matplotlib or one of its modules.
 
     Raises:
         FigureError: matplotlib is not installed.
     """
     try:
-        import matplotlib
-    except ImportError:
-        raise FigureError("figures need matplotlib, which is not installed: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise FigureError(
+            f"figures need matplotlib: {error}; pip install 'retinanet-detector[plots]', or, in a clone, "
+            "uv sync --extra plots"
+        ) from None
 
 
 def subplots(*shape: int, figsize: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """A figure and its axes without pyplot, which would take over the figures of a notebook that trains.
+    """Create a figure and its axes without pyplot, which would interfere with a notebook that trains.
 
     Raises:
         FigureError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise FigureError("figures need matplotlib, which is not installed: pip install matplotlib") from None
-    figure = Figure(figsize=figsize, layout="constrained")
+    figure = import_matplotlib("matplotlib.figure").Figure(figsize=figsize, layout="constrained")
     return figure, figure.subplots(*shape, **options)
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a .svg or .png, the same bytes for the same figure."""
+    """Write a .svg or .png file; equal figures give equal bytes.
+
+    Raises:
+        FigureError: another file type.
+    """
     if path.suffix not in (".svg", ".png"):
-        raise FigureError(f"a figure must end in .svg or .png, got {path}")
-    with pyplot().rc_context({"svg.hashsalt": "detector"}):  # else ids are drawn anew each time
+        raise FigureError(f"a figure must be a .svg or .png file, got {path}")
+    with import_matplotlib().rc_context({"svg.hashsalt": "detector"}):  # otherwise ids are random
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=130)
-    pyplot().close(figure)
 
 
 def loss_curves(curves: Mapping[str, Curve], *, x_label: str, y_label: str, title: str) -> Any:
-    """Lines over p_t or x_t, labelled (the paper's figures 1, 5 and 6)."""
+    """Draw labelled lines over p_t or x_t (the paper's figures 1, 5 and 6)."""
     figure, axes = subplots(figsize=(6.4, 4.2))
     for name, (x, y) in curves.items():
         axes.plot(x, y, label=name)
@@ -66,7 +65,7 @@ def loss_curves(curves: Mapping[str, Curve], *, x_label: str, y_label: str, titl
 
 
 def cumulative_loss(positive: Mapping[str, Curve], negative: Mapping[str, Curve]) -> Any:
-    """Share of the loss against share of the examples, easiest first, positives beside negatives (figure 4)."""
+    """Draw share of the loss over share of the examples, easiest first, for positives and negatives (figure 4)."""
     figure, both = subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for axes, curves, side in zip(both, (positive, negative), ("positives", "negatives"), strict=True):
         for name, (x, y) in curves.items():
@@ -79,17 +78,17 @@ def cumulative_loss(positive: Mapping[str, Curve], negative: Mapping[str, Curve]
 
 
 def probabilities(positive: Curve, negative: Curve) -> Any:
-    """Histograms of p_t; the x of each are the left edges of its bins, of equal width."""
+    """Draw histograms of p_t; the x of each are the left edges of its bins, of equal width."""
     figure, axes = subplots(figsize=(6.4, 4.2))
     for (x, y), side in ((negative, "negatives"), (positive, "positives")):
         axes.bar(x, y, width=1 / len(x), align="edge", alpha=0.6, label=side)
-    axes.set(xlabel="p_t, probability of the truth", ylabel="entries", yscale="log", xlim=(0, 1))
+    axes.set(xlabel="p_t, probability of the ground truth", ylabel="entries", yscale="log", xlim=(0, 1))
     axes.legend(fontsize="small")
     return figure
 
 
 def reliability(score: Sequence[float], frequency: Sequence[float], *, expected_error: float) -> Any:
-    """Share of positives against score."""
+    """Draw the share of positives over the score."""
     figure, axes = subplots(figsize=(4.6, 4.2))
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle=":")
     axes.plot(score, frequency, marker="o", markersize=4)
@@ -98,4 +97,29 @@ def reliability(score: Sequence[float], frequency: Sequence[float], *, expected_
         title=f"expected calibration error {expected_error:.3f}",
     )  # fmt: skip
     axes.grid(alpha=0.3)
+    return figure
+
+
+def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
+    """Draw the losses and the validation AP of runs over epochs.
+
+    Args:
+        runs: the records of each run's metrics.jsonl, by the label to show.
+    """
+    figure, (loss_axes, ap_axes) = subplots(1, 2, figsize=(10, 3.6))
+    for i, (name, records) in enumerate(runs.items()):
+        color = f"C{i}"
+        steps = [r for r in records if "lr" in r]
+        scores = [r for r in records if r.get("split") == "val"]
+        loss_axes.plot([r["epoch"] for r in steps], [r["loss"] for r in steps], color=color, linewidth=1, label=name)
+        epochs = [r["epoch"] for r in scores]
+        losses = [r.get("loss", np.nan) for r in scores]
+        loss_axes.plot(epochs, losses, color=color, linewidth=1, linestyle=":", marker=".", markersize=3)
+        ap_axes.plot(epochs, [r["AP"] for r in scores], color=color, marker="o", markersize=3, label=f"{name}: AP")
+        ap_axes.plot(epochs, [r["AP50"] for r in scores], color=color, marker="o", markersize=3, linestyle=":")
+    loss_axes.set(xlabel="epoch", ylabel="loss (validation dotted)", yscale="log")
+    ap_axes.set(xlabel="epoch", ylabel="validation AP (AP50 dotted)", ylim=(0, 1))
+    ap_axes.legend(fontsize="small")
+    for axes in (loss_axes, ap_axes):
+        axes.grid(alpha=0.3)
     return figure

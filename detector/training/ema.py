@@ -9,9 +9,14 @@ from torch import nn
 
 
 class Ema:
-    """Exponential moving average of a model's parameters and statistics.
+    """Exponential moving average of a model's parameters and running statistics.
 
-    The share kept is min(decay, (1 + step) / (10 + step)).
+    The fraction of the average kept at a step is min(decay, (1 + step) / (10 + step)), so that short runs are averaged
+    too.
+
+    Args:
+        model: copied as the initial average.
+        decay: upper bound of the fraction kept.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -20,13 +25,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Mix in the model after so many steps."""
+        """Update the average with the model after step number `step` (from 1)."""
         keep = min(self.decay, (1 + step) / (10 + step))
-        averaged, current = [], []
-        for (_, mine), (_, theirs) in zip(self.model.state_dict().items(), model.state_dict().items(), strict=True):
-            if mine.is_floating_point():
-                averaged.append(mine)
-                current.append(theirs)
+        averages, current = [], []
+        for average, new in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                averages.append(average)
+                current.append(new)
             else:
-                mine.copy_(theirs)
-        torch._foreach_lerp_(averaged, current, 1 - keep)
+                average.copy_(new)
+        torch._foreach_lerp_(averages, current, 1 - keep)

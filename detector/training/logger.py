@@ -1,26 +1,22 @@
-"""What a run says: a progress bar or lines on the terminal, metrics.jsonl, and TensorBoard."""
+"""What a run reports: a progress bar or lines on the terminal, and records for metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
-from torch.utils.tensorboard import SummaryWriter
 
-from detector.reports.loss_analysis import LossHolders
+from detector.training.record_writers import JsonLinesWriter, RecordWriter, TensorBoardWriter
 
 
 class _Bars(Progress):
-    """Progress bars, and under them a line of text that may be wider than what a bar leaves room for."""
+    """Progress bars, and below them a line of text that may be wider than a bar leaves room for."""
 
     status = ""
 
@@ -31,36 +27,31 @@ class _Bars(Progress):
 
 
 class RunLog:
-    """Where a run's numbers go. Only the first process has one that does anything.
+    """The log of a run. Of several processes only the first one's does anything.
 
     Args:
         output_dir: holds metrics.jsonl and TensorBoard's events.
-        start_step: steps already done; records of later ones (of an interrupted run) are dropped.
-        evaluation_due: whether the evaluation after these steps comes (again); a record of it is dropped too.
+        start_step: steps already done; records of later ones (of an interrupted session) are dropped.
         total_steps: of the run.
+        evaluation_due: whether the evaluation after `start_step` will be repeated; its record is dropped, too.
         enabled: False for a silent log.
     """
 
     def __init__(
         self, output_dir: Path, *, start_step: int, total_steps: int, evaluation_due: bool = False, enabled: bool = True
     ) -> None:
-        self.enabled = enabled
         self.console = Console(highlight=False, quiet=not enabled)
-        self.console.soft_wrap = not self.console.is_terminal  # lines of a file stay whole
+        self.console.soft_wrap = not self.console.is_terminal  # keep the lines of a file whole
         self.start_step, self.total_steps = start_step, total_steps
         self.started = time.monotonic()
+        self.writers: list[RecordWriter] = []
         self._progress: _Bars | None = None
         if not enabled:
             return
-        self.path = output_dir / "metrics.jsonl"
-        if self.path.exists():
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if _is_past(line, start_step, evaluation_due)]
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.replace(self.path)
-        self.file = self.path.open("a", encoding="utf-8", buffering=1)
-        self.tensorboard = SummaryWriter(str(output_dir), purge_step=start_step + 1)
+        self.writers = [
+            JsonLinesWriter(output_dir / "metrics.jsonl", start_step=start_step, evaluation_due=evaluation_due),
+            TensorBoardWriter(output_dir, start_step=start_step),
+        ]
         if self.console.is_terminal:
             self._progress = _Bars(
                 TextColumn("{task.description}"),
@@ -81,60 +72,43 @@ class RunLog:
         self.console.print(f"warning: {text}", style="yellow", markup=False)
 
     def advance(self, step: int) -> None:
-        """Move the bar, between two records too; no sync."""
+        """Move the progress bar, between two records too; no sync point."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step, eta=f"eta {self.eta(step)}")
 
     def step(self, record: dict[str, Any]) -> None:
-        """A record of training: `step`, `epoch`, losses, lr, grad_norm, images_per_s, data_wait, ..."""
-        if not self.enabled:
-            return
-        self._write(record)
-        for key, value in record.items():
-            if key not in ("step", "epoch"):
-                self.tensorboard.add_scalar(f"train/{key}", value, record["step"])
+        """Log a training record: `step`, `epoch`, losses, lr, grad_norm, images_per_s, data_wait, ..."""
+        for writer in self.writers:
+            writer.step(record)
         status = (
             f"loss {record['loss']:.4f} (cls {record['loss_cls']:.4f} box {record['loss_box']:.4f}) "
             f"lr {record['lr']:.2e} grad {record['grad_norm']:.2f} {record['images_per_s']:.1f} images/s "
-            f"waiting for data {record['data_wait']:.0%}"
+            f"data wait {record['data_wait']:.0%}"
         )
         if self._progress is not None:
             self._progress.update(self._task, description=f"epoch {record['epoch']:.1f}")
             self._progress.status = status
         else:
-            place = f"epoch {record['epoch']:.2f} step {record['step']}/{self.total_steps}"
-            self.info(f"{place} {status} eta {self.eta(record['step'])}")
+            position = f"epoch {record['epoch']:.2f} step {record['step']}/{self.total_steps}"
+            self.info(f"{position} {status} eta {self.eta(record['step'])}")
 
     def evaluation(self, record: dict[str, Any], per_class: list[dict[str, Any]]) -> None:
-        """A record of an evaluation: `step`, `epoch`, `split` and the metrics."""
-        if not self.enabled:
-            return
-        self._write({**record, "per_class": per_class})
-        for key, value in record.items():
-            if key not in ("step", "epoch", "split"):
-                self.tensorboard.add_scalar(f"{record['split']}/{key}", value, record["step"])
-        for row in per_class:
-            self.tensorboard.add_scalar(f"{record['split']}_AP_per_class/{row['name']}", row["AP"], record["step"])
+        """Log the record of an evaluation: `step`, `epoch`, `split` and the metrics; and those of each class."""
+        for writer in self.writers:
+            writer.evaluation(record, per_class)
 
-    def loss_holders(self, found: LossHolders, step: int, *, started: float) -> None:
-        """Who holds the class loss, for TensorBoard, and how long it took since `started` (monotonic) to know it."""
-        for key, value in found.values.items():
-            self.tensorboard.add_scalar(f"loss_holders/{key}", value, step)
-        for key, probabilities in found.p_t.items():
-            self.tensorboard.add_histogram(f"p_t/{key}", probabilities, step)
-        for key, figure in found.figures.items():
-            self.tensorboard.add_figure(f"loss_holders/{key}", figure, step)
-        as_code = "\n".join(f"    {line}" for line in found.text)
-        self.tensorboard.add_text("loss_holders/table", as_code, step)
-        self.tensorboard.add_scalar("loss_holders/seconds", time.monotonic() - started, step)
+    def loss_concentration(self, concentration: Any, step: int) -> None:
+        """Log which share of the class loss the hardest examples hold (`reports.loss_analysis.LossConcentration`)."""
+        for writer in self.writers:
+            writer.loss_concentration(concentration, step)
 
-    def pictures(self, name: str, pictures: list[Image.Image], step: int) -> None:
-        """Pictures for TensorBoard."""
-        for i, picture in enumerate(pictures):
-            self.tensorboard.add_image(f"{name}/{i}", np.asarray(picture), step, dataformats="HWC")
+    def images(self, name: str, images: list[Image.Image], step: int) -> None:
+        """Log images under a name."""
+        for writer in self.writers:
+            writer.images(name, images, step)
 
-    def progress(self, what: str) -> Callable[[int, int], None] | None:
-        """A callback for a side job of (done, total), shown as a second bar; None where there is no terminal."""
+    def progress(self, description: str) -> Callable[[int, int], None] | None:
+        """Return a callback (done, total) that shows a second progress bar; None where there is no terminal."""
         if self._progress is None:
             return None
         bar = self._progress
@@ -143,7 +117,7 @@ class RunLog:
         def show(done: int, total: int) -> None:
             nonlocal task
             if task is None:
-                task = bar.add_task(what, total=total, eta="")
+                task = bar.add_task(description, total=total, eta="")
             bar.update(task, completed=done)
             if done >= total:
                 bar.remove_task(task)
@@ -152,36 +126,21 @@ class RunLog:
         return show
 
     def eta(self, step: int) -> str:
-        """Time left at the pace of this session, evaluations included, as h:mm:ss."""
+        """Remaining time at the pace of this session, evaluations included, as h:mm:ss."""
         done = step - self.start_step
         if done <= 0:
             return "?"
         return duration((time.monotonic() - self.started) / done * (self.total_steps - step))
 
     def close(self) -> None:
-        """Flush everything."""
-        if self.enabled:
-            if self._progress is not None:
-                self._progress.stop()
-            self.file.close()
-            self.tensorboard.close()
-
-    def _write(self, record: dict[str, Any]) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(finite, allow_nan=False) + "\n")  # NaN and Infinity are no JSON
+        """Flush and close everything."""
+        if self._progress is not None:
+            self._progress.stop()
+        for writer in self.writers:
+            writer.close()
 
 
 def duration(seconds: float) -> str:
-    """h:mm:ss."""
+    """Format seconds as h:mm:ss."""
     minutes, second = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
-
-
-def _is_past(line: str, start_step: int, evaluation_due: bool) -> bool:
-    """Whether a record is of what a resumed run does not do again."""
-    try:
-        record = json.loads(line)
-        step = int(record["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):  # a line cut off by a crash
-        return False
-    return step < start_step or (step == start_step and not (evaluation_due and "split" in record))

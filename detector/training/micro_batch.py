@@ -1,165 +1,198 @@
-"""Memory: what a step needs of it, how many pictures fit at once, and what to say when they do not."""
+"""`train.micro_batch: auto`: how many images fit through the network together, and the errors when too many do not."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from detector import distributed
+from detector.checkpoint import TrainState
 from detector.config import Config
 from detector.datasets.loader import DetectionDataset, padded_rows
 from detector.datasets.sampling import StepPlanner, TrainSampler
 from detector.errors import ConfigError, RunError
-from detector.evaluation.evaluate import eval_batch_size
+from detector.evaluation.dataset_loop import eval_batch_size
 from detector.memory import SPARE, free_memory, peak_of
-from detector.precision import autocast
-from detector.structures import Targets
-from detector.training.run import Run
+from detector.structures import Batch, Targets
+from detector.training.logger import RunLog
+from detector.training.step import Learner, train_step
 
 
-def resolved_micro_batch(run: Run, planner: StepPlanner, dataset: DetectionDataset) -> int | None:
-    """Pictures of a forward pass; `train.micro_batch: auto` is answered by trying (a resumed run remembers).
+def resolve_micro_batch(
+    config: Config, learner: Learner, state: TrainState, planner: StepPlanner, dataset: DetectionDataset, log: RunLog
+) -> int | None:
+    """Resolve `train.micro_batch`; auto is measured once and stored in the state, so that a resumed run computes alike.
 
-    Tried is the largest canvas that a step can have, with as many objects in every picture as the fullest has, before
-    anything is compiled (which takes less). Several processes take what fits all of them.
+    Measured is the largest canvas that a step can have, with as many objects in every image as the fullest image has,
+    before anything is compiled (which takes less memory). Several processes use what fits on all of them.
 
     Args:
-        run: about to begin.
-        planner: of its steps.
-        dataset: of its pictures, with its cache.
+        config, learner, planner: of the run that is about to start.
+        state: remembers the result.
+        dataset: of the run, with its cache.
+        log: reports the figures.
+
+    Returns:
+        Images per forward pass and process; None: the process's whole share of a step.
 
     Raises:
-        RunError: not even one picture fits.
-        ConfigError: processes that wait for each other in every forward pass cannot try alone.
+        RunError: not even one image fits.
+        ConfigError: the processes exchange statistics in every forward pass, so that none can measure alone.
     """
-    wanted = run.config.train.micro_batch
+    wanted = config.train.micro_batch
     if wanted != "auto":
         return wanted
-    world, norm = distributed.world_size(), run.config.model.norm
+    world, norm = distributed.world_size(), config.model.norm
     if norm == "sync_bn" and world > 1:
         raise ConfigError(
-            f"train.micro_batch must be a number with model.norm sync_bn in {world} processes, got auto: they exchange statistics in "
-            "every pass, so none can try what it holds"
+            f"train.micro_batch must be a number with model.norm sync_bn in {world} processes, got auto: they exchange "
+            "statistics in every forward pass, so none can measure its memory alone"
         )
-    share = -(-run.config.train.batch_size // world)
+    share = -(-config.train.batch_size // world)
     canvas = planner.largest_canvas()
-    if run.state.micro_batch is None:
+    if state.micro_batch is None:
         objects = padded_rows(int(dataset.coco.num_objects.max(initial=0)))
-        to_come = 0  # what the cache will fill
-        if dataset.cache is not None and run.config.data.cache_folder is None:
-            to_come = dataset.cache.num_bytes
-        statistics = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
-        fits, why = _largest_that_fits(run, canvas, objects, share, to_come)
-        for name, buffer in run.model.named_buffers():
+        reserved = 0  # memory that the cache will fill
+        if dataset.cache is not None and config.data.cache_folder is None:
+            reserved = dataset.cache.num_bytes
+        statistics = {name: buffer.clone() for name, buffer in learner.model.named_buffers()}
+        fits, figures = _largest_that_fits(config, learner, canvas, objects, share, reserved)
+        for name, buffer in learner.model.named_buffers():
             buffer.copy_(statistics[name])
-        run.state.micro_batch = min(distributed.gather(fits))
-        run.log.info(f"train.micro_batch auto, with pictures of {canvas[0]} x {canvas[1]}: {why}")
-    found = run.state.micro_batch
-    if found == 0:
-        raise too_little(run, canvas, 1, step=run.state.step)
-    parts = -(-share // found)
+        state.micro_batch = min(distributed.gather(fits))
+        log.info(f"train.micro_batch auto, with images of {canvas[0]} x {canvas[1]}: {figures}")
+    micro_batch = state.micro_batch
+    if micro_batch == 0:
+        raise out_of_memory(config, learner, canvas, 1, step=state.step)
+    parts = -(-share // micro_batch)
     if parts > 1:
-        run.log.info(f"so a step's {share} pictures go through the network in {parts} parts; the update is that of all")
+        log.info(f"the {share} images of a step are processed in {parts} micro-batches; the update is that of all")
         if norm in ("bn", "sync_bn"):
-            run.log.warn(
-                f"model.norm {norm} takes its statistics of {-(-share // parts)} pictures at once, not {share}"
-            )
-    return found
+            log.warn(f"model.norm {norm} computes its statistics over {-(-share // parts)} images, not {share}")
+    return micro_batch
 
 
-def _largest_that_fits(run: Run, canvas: tuple[int, int], objects: int, share: int, to_come: int) -> tuple[int, str]:
-    """How many pictures, 0 to `share`, and the figures. `to_come`: bytes of main memory that others will take."""
-    trained = 4 * sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    # What the first real step adds and keeps: the optimizer's averages, and DDP's buckets of gradients.
-    later = trained * ({"sgd": 1, "adamw": 2}[run.config.optim.name] + (distributed.world_size() > 1))
-    if run.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(run.device)
-        there = free + torch.cuda.memory_reserved(run.device) - torch.cuda.memory_allocated(run.device)
+def _largest_that_fits(
+    config: Config, learner: Learner, canvas: tuple[int, int], objects: int, share: int, reserved: int
+) -> tuple[int, str]:
+    """Number of images that fit, 0 to `share`, and the figures. `reserved`: bytes of main memory that others will
+    use."""
+    trained = 4 * sum(p.numel() for p in learner.model.parameters() if p.requires_grad)
+    # What the first real step adds and keeps: the optimizer's moments, and DDP's gradient buckets.
+    later = trained * ({"sgd": 1, "adamw": 2}[config.optim.name] + (distributed.world_size() > 1))
+    if learner.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(learner.device)
+        available = free + torch.cuda.memory_reserved(learner.device) - torch.cuda.memory_allocated(learner.device)
         try:
-            kept = torch.empty(int(later + SPARE * there), dtype=torch.uint8, device=run.device)
+            kept = torch.empty(int(later + SPARE * available), dtype=torch.uint8, device=learner.device)
         except torch.OutOfMemoryError:
-            return 0, "not even what the optimizer keeps fits"
+            return 0, "not even the optimizer's state fits"
         count = share
         while count:
             try:
-                peak = peak_of(partial(_try, run, canvas, objects, count), run.device)
+                peak = peak_of(partial(_trial_step, learner, canvas, objects, count), learner.device)
                 break
             except torch.OutOfMemoryError:
-                run.optimizer.zero_grad(set_to_none=True)
+                learner.optimizer.zero_grad(set_to_none=True)
                 count = -(-count // 2) if count > 1 else 0
             finally:
                 torch.cuda.empty_cache()
         del kept
         torch.cuda.empty_cache()
-        return count, f"{count} at once take {peak / 1e9:.1f} of {total / 1e9:.1f} GB" if count else "none fits"
-    there_is = free_memory()
-    if there_is is None:
-        return share, f"this system does not say how much memory is free, so all {share} go at once"
-    free = (there_is - to_come) // distributed.world_size()
+        return count, f"{count} need {peak / 1e9:.1f} of {total / 1e9:.1f} GB" if count else "none fits"
+    available_now = free_memory()
+    if available_now is None:
+        return share, f"this system does not report its free memory, so all {share} are processed together"
+    free = (available_now - reserved) // distributed.world_size()
     usable = (1 - SPARE) * free - later
-    # No error to catch here: a process that asks for too much is ended. So from what one and, if they surely fit, two take.
-    one = more = peak_of(partial(_try, run, canvas, objects, 1), run.device)
+    # There is no error to catch: a process that asks for too much is killed. So extrapolate from one image and, if they
+    # surely fit, two.
+    one = more = peak_of(partial(_trial_step, learner, canvas, objects, 1), learner.device)
     if share > 1 and 2 * one <= usable:
-        more = peak_of(partial(_try, run, canvas, objects, 2), run.device) - one
+        more = peak_of(partial(_trial_step, learner, canvas, objects, 2), learner.device) - one
     count = min(share, 1 + int((usable - one) / max(1, more))) if one <= usable else 0
     return count, (
-        f"the first takes {one / 1e9:.2f} GB, each further one {more / 1e9:.2f}, {free / 1e9:.1f} are free: {count} at once"
+        f"the first needs {one / 1e9:.2f} GB, each further one {more / 1e9:.2f}, {free / 1e9:.1f} are free: {count} fit"
     )
 
 
-def _try(run: Run, canvas: tuple[int, int], objects: int, count: int) -> None:
-    """A step's forward and backward pass, which leaves nothing behind."""
+def _trial_step(learner: Learner, canvas: tuple[int, int], objects: int, count: int) -> None:
+    """Compute and discard the gradients of a step over `count` made-up images, without any communication."""
     height, width = canvas
-    images = torch.zeros((count, height, width, 3), dtype=torch.uint8, device=run.device).permute(0, 3, 1, 2)
+    images = torch.zeros((count, height, width, 3), dtype=torch.uint8, device=learner.device).permute(0, 3, 1, 2)
     corner = torch.rand((count, objects, 2), generator=torch.Generator().manual_seed(0)) / 2
     boxes = torch.cat([corner, corner + 0.3], dim=2) * torch.tensor([width, height, width, height])
-    targets = Targets(boxes, torch.zeros((count, objects), dtype=torch.int64), boxes[:, :0])
-    targets = Targets(*(t.to(run.device) for t in targets))
-    sizes = torch.tensor([canvas] * count, device=run.device)
-    matches = run.loss.match(run.model.anchors_of(images), targets, grids=run.model.grids_of(images))
-    with autocast(run.precision, run.device):
-        outputs = run.model(images, sizes)
-    parts = run.loss(outputs, targets, matches=matches, num_pos=matches.num_pos.sum())
-    (parts["loss_cls"] + parts["loss_box"]).backward()
-    run.optimizer.zero_grad(set_to_none=True)
+    targets = Targets(boxes, torch.zeros((count, objects), dtype=torch.int64), boxes[:, :0]).to(learner.device)
+    sizes = torch.tensor([canvas] * count, device=learner.device)
+    batch = Batch(images, targets, sizes[:, 0], sizes, sizes, sizes[:, 0])
+    alone = replace(learner, network=learner.model, processes=1, scaler=torch.amp.GradScaler(enabled=False))
+    train_step(alone, [batch])
+    learner.optimizer.zero_grad(set_to_none=True)
 
 
-def out_of_memory(run: Run, sampler: TrainSampler) -> RunError:
-    """What the step at hand took, what there is, and which settings make it less."""
-    planner = sampler.planner
-    epoch, within = divmod(run.state.step, planner.steps_per_epoch)
-    keys = planner.keys(epoch, within, planner.epoch(epoch)[within])
-    share = -(-len(keys) // distributed.world_size())
-    at_once = -(-share // sampler.num_micro_batches(len(keys)))
-    return too_little(run, keys[0].canvas, at_once, step=run.state.step)
+@contextlib.contextmanager
+def explain_out_of_memory(config: Config, learner: Learner, sampler: TrainSampler, state: TrainState) -> Iterator[None]:
+    """Turn a GPU's out-of-memory error in a training step into one that names the settings that reduce memory.
+
+    Raises:
+        RunError: a step did not fit.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        planner = sampler.planner
+        epoch, within = divmod(state.step, planner.steps_per_epoch)
+        keys = planner.keys(epoch, within, planner.epoch(epoch)[within])
+        share = -(-len(keys) // distributed.world_size())
+        together = -(-share // sampler.num_micro_batches(len(keys)))
+        raise out_of_memory(config, learner, keys[0].canvas, together, step=state.step) from error
 
 
-def too_little(run: Run, canvas: tuple[int, int], at_once: int, *, step: int) -> RunError:
-    """The error of a step that does not fit, with the settings that help this run."""
-    there = f" of {torch.cuda.mem_get_info(run.device)[1] / 1e9:.0f} GB" if run.device.type == "cuda" else ""
-    resumable, others = [], [f"data.min_size below {max(run.config.data.train_sizes)}"]
-    if at_once > 1:
-        bn = " (norm bn then sees fewer pictures at once)" if run.config.model.norm == "bn" else ""
-        resumable.append(f"train.micro_batch={at_once // 2}, which does the same step in smaller parts{bn}")
-    if run.config.model.norm in ("frozen_bn", "gn") and not run.config.train.checkpoint_activations:
+def out_of_memory(config: Config, learner: Learner, canvas: tuple[int, int], together: int, *, step: int) -> RunError:
+    """The error for a step that does not fit, with the settings that help this run.
+
+    Args:
+        config, learner: of the run.
+        canvas: padded height and width of the step.
+        together: images per forward pass.
+        step: number of steps done.
+    """
+    device = learner.device
+    total = f" of {torch.cuda.mem_get_info(device)[1] / 1e9:.0f} GB" if device.type == "cuda" else ""
+    resumable, others = [], [f"data.min_size below {max(config.data.train_sizes)}"]
+    if together > 1:
+        bn = " (norm bn then computes statistics over fewer images)" if config.model.norm == "bn" else ""
+        resumable.append(f"train.micro_batch={together // 2}, which computes the same step in smaller parts{bn}")
+    if config.model.norm in ("frozen_bn", "gn") and not config.train.checkpoint_activations:
         resumable.append("train.checkpoint_activations=true")
-    if run.precision == "fp32":
+    if learner.precision == "fp32":
         others.append("train.precision=bf16")
     if step and resumable:
         settings = f"{', or '.join(resumable)}, with --resume auto; or in a new run {', or '.join(others)}"
     else:
         settings = ", or ".join([*resumable, *others])
     return RunError(
-        f"the memory{there} must hold {at_once} picture{'s' * (at_once > 1)} of {canvas[0]} x {canvas[1]} pixels at once in step "
-        f"{step + 1}, and does not; set {settings}"
+        f"out of memory{total} at step {step + 1}: {together} image{'s' * (together > 1)} of {canvas[0]} x {canvas[1]} "
+        f"pixels did not fit; set {settings}"
     )
 
 
-def too_large_evaluation(config: Config) -> RunError:
-    """The error of an evaluation that does not fit."""
-    at_once = eval_batch_size(config)
-    return RunError(
-        f"the memory must hold {at_once} pictures at once in evaluation, and does not; set eval.batch_size={max(1, at_once // 2)} or "
-        "eval.loss=false, with --resume auto, which begins with this evaluation"
-    )
+@contextlib.contextmanager
+def explain_evaluation_out_of_memory(config: Config) -> Iterator[None]:
+    """Turn a GPU's out-of-memory error in an evaluation into one that names the settings that reduce memory.
+
+    Raises:
+        RunError: a batch did not fit.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        together = eval_batch_size(config)
+        raise RunError(
+            f"out of memory in evaluation: {together} images did not fit; set eval.batch_size={max(1, together // 2)} "
+            "or eval.loss=false, with --resume auto, which starts with this evaluation"
+        ) from error

@@ -1,4 +1,4 @@
-"""Optimizers, the learning rate as a function of the step, and the averaged weights."""
+"""Optimizers, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from detector.config import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, lr: float) -> torch.optim.Optimizer:
-    """The optimizer over what is trained, in groups: backbone or rest, decayed or not.
+    """Build the optimizer over the trained parameters, in groups: backbone or rest, with or without weight decay.
 
-    Each group carries `lr_factor`; `set_lr` multiplies by it.
+    Each group has an `lr_factor`, which `set_lr` applies.
     """
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
     no_decay: set[int] = set()
@@ -42,18 +42,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, lr: float) -> torc
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its share of the learning rate."""
+    """Set the learning rate of every group to `lr` times its `lr_factor`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
 
 
 def current_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate of the groups that have the whole of it."""
+    """The learning rate of the groups whose `lr_factor` is 1."""
     return next((float(g["lr"]) for g in optimizer.param_groups if g["lr_factor"] == 1), 0.0)
 
 
 def scaled_lr(config: OptimConfig, batch_size: int) -> tuple[float, str]:
-    """The learning rate for this batch size, and the arithmetic in words."""
+    """Scale the learning rate to a batch size; returns it and a line for the log with the arithmetic."""
     if not config.scale_lr or batch_size == config.lr_batch_size:
         return config.lr, f"learning rate {config.lr:g} (batch of {batch_size})"
     ratio = batch_size / config.lr_batch_size
@@ -65,18 +65,18 @@ def scaled_lr(config: OptimConfig, batch_size: int) -> tuple[float, str]:
         else f"sqrt({batch_size} / {config.lr_batch_size})"
     )
     return lr, (
-        f"learning rate {config.lr:g} x {shown} = {lr:.4g}: optim.lr is for {config.lr_batch_size} images a step "
-        f"({rule} rule; optim.scale_lr=false to take it as it is)"
+        f"learning rate {config.lr:g} x {shown} = {lr:.4g}: optim.lr is for {config.lr_batch_size} images per step "
+        f"({rule} rule; optim.scale_lr=false to use it unscaled)"
     )
 
 
 def warmup_of(config: OptimConfig, total_steps: int) -> int:
-    """Steps of warm-up, clamped to the run."""
+    """Number of warm-up steps, clamped to the length of the run."""
     return min(config.warmup_steps, total_steps)
 
 
 def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
-    """What the learning rate is multiplied by at a step (0-based): a pure function, so resuming needs no state."""
+    """Factor of the learning rate at a step (from 0): a pure function, so that resuming needs no state."""
     warmup = warmup_of(config, total_steps)
     factor = 1.0
     if step < warmup:

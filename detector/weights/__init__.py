@@ -1,1 +1,1 @@
-"""Reading, transferring, importing and exporting weights."""
+"""Weights: read files safely, import and export other frameworks' detectors, load weights into a model."""

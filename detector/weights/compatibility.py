@@ -1,44 +1,53 @@
-"""Whether a checkpoint's network can be fine-tuned with a config."""
+"""Check whether a checkpoint's weights are meaningful in the network of a config."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from detector.config import Config, flatten
+from detector.config import Config, config_differences
 from detector.errors import ConfigError
 
-BUILD = (
-    "backbone", "norm_eps", "stride_in", "channel_order", "p6_from", "relu_before_p7", "head.norm", "head.bias_before_norm",
-    "head.activation",
+ARCHITECTURE_SETTINGS = (
+    "backbone", "head.norm", "head.activation", "compat.norm_eps", "compat.stride_in", "compat.channel_order",
+    "compat.p6_from", "compat.relu_before_p7", "compat.bias_before_norm",
 )  # fmt: skip
-"""Settings of `model` without which weights mean nothing: the same names and shapes elsewhere are accidents."""
-INPUT = ("pixel_mean", "pixel_std", "resize")
-"""Settings of `model` that weights are used to, but can get used to otherwise."""
+"""Settings of `model` whose change makes weights meaningless, even where names and shapes agree."""
+INPUT_SETTINGS = ("pixel_mean", "pixel_std", "compat.resize")
+"""Settings of `model` to which fine-tuning can adapt the weights."""
 
 
-def _require_same_build(config: Config, source: Config, path: str) -> list[str]:
-    """Refuse weights of a network of another build; returns what is only unusual."""
-    ours, theirs = flatten(config.model.model_dump()), flatten(source.model.model_dump())
-    norms = ["norm"] if "gn" in (ours["norm"], theirs["norm"]) else []
+def require_same_build(config: Config, source: Config, path: str) -> list[str]:
+    """Check that the network of a config computes what a checkpoint's network computes.
 
-    def differing(keys: Sequence[str]) -> list[str]:
+    Args:
+        config: of the model to fine-tune.
+        source: of the checkpoint.
+        path: the checkpoint's, for messages.
+
+    Returns:
+        Warnings about inputs that are processed differently; none if everything agrees.
+
+    Raises:
+        ConfigError: the architectures differ; the message lists the settings with both values.
+    """
+
+    def differences(keys: Sequence[str]) -> list[str]:
         return [
-            f"  model.{key}: {ours[key]} in the config, {theirs[key]} in the checkpoint"
-            for key in keys
-            if ours[key] != theirs[key]
+            f"  {key}: {wanted} in the config, {stored} in the checkpoint"
+            for key, wanted, stored in config_differences(config, source, [f"model.{key}" for key in keys])
         ]
 
-    different = differing([*BUILD, *norms])
-    if different:
+    norm = ["norm"] if "gn" in (config.model.norm, source.model.norm) else []
+    if different := differences([*ARCHITECTURE_SETTINGS, *norm]):
         raise ConfigError(
             "\n".join(
                 [
-                    f"fine-tuning must keep the build of the network in {path}, got:",
+                    f"fine-tuning must keep the architecture of {path}, got:",
                     *different,
-                    "Leave these settings out of the config (configs/finetune.yaml does): what it does not say of the model is "
-                    "the checkpoint's.",
+                    "Remove these settings from the config (as in configs/finetune.yaml): missing model settings "
+                    "come from the checkpoint.",
                 ]
             )
         )
-    unusual = differing(INPUT)
-    return ["\n".join([f"the network in {path} has seen its pictures otherwise:", *unusual])] if unusual else []
+    different = differences(INPUT_SETTINGS)
+    return ["\n".join([f"{path} was trained with other input processing:", *different])] if different else []

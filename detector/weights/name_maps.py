@@ -1,60 +1,62 @@
-"""Renaming of tensors: what the importers share."""
+"""Rename another framework's tensors to this project's names by rules of regular expressions."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
 
-Source = Literal["torchvision", "detectron2", "mmdet"]
-Style = Literal["pytorch", "caffe"]
+from torch import Tensor
 
-
-@dataclass
-class Said:
-    """What the user says about a file that does not say it itself."""
-
-    source: Source | None = None
-    categories: str | None = None
-    """A COCO file, or names separated by commas."""
-    norm_eps: float | None = None
-    style: Style | None = None
-    box_weights: tuple[float, float, float, float] | None = None
-    """What the box subnet's numbers are to be divided by: detectron2's BBOX_REG_WEIGHTS, the inverse of mmdetection's
-    target_stds."""
-
-
-@dataclass
-class _Facts:
-    """What is found out about a file on the way."""
-
-    path: Path
-    content: Any
-    said: Said
-    notes: list[str] = field(default_factory=list)
-    model: dict[str, Any] = field(default_factory=dict)
-    """Settings of `ModelConfig` that the file or its kind decides."""
-    postprocess: dict[str, Any] = field(default_factory=dict)
-    sizes: tuple[int, int] | None = None
-    box_weights: Sequence[float] | None = None
-
-
-# ---- names ------------------------------------------------------------------------------------------------------
+RenameRules = Iterable[tuple[str, "str | Callable[[re.Match[str]], str]"]]
+"""(pattern of the whole old name, template or function for the new name)."""
 
 DROP = ""
-"""What becomes of tensors that say nothing that a config does not."""
+"""New name of tensors that are not needed, because settings contain the same facts."""
 
-Rename = Iterable[tuple[str, "str | Callable[[re.Match[str]], str]"]]
-
-
-_WB = r"(weight|bias)"
-
-
-def _tower(kind: str, what: str, place: int | str, end: str) -> str:
-    subnet = "cls_subnet" if kind.startswith("cl") else "box_subnet"
-    return f"{subnet}.{what}.{place}.{end}"
+WEIGHT_BIAS = r"(weight|bias)"
+BATCH_NORM = r"(weight|bias|running_mean|running_var)"
+DROP_STEP_COUNTS = (r".+\.num_batches_tracked", DROP)
+"""Rule for frameworks whose batch norms are imported as frozen: their counters of training steps have no effect."""
 
 
-_BN = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
+def rename_tensors(tensors: Mapping[str, Tensor], rules: RenameRules) -> tuple[dict[str, Tensor], list[str]]:
+    """Apply to each name the first rule that matches.
+
+    Returns:
+        The tensors under their new names, and the names that no rule matches.
+    """
+    renamed, unmatched = {}, []
+    for name, tensor in tensors.items():
+        for pattern, new in rules:
+            match = re.fullmatch(pattern, name)
+            if match:
+                target = new(match) if callable(new) else match.expand(new)
+                if target != DROP:
+                    renamed[target] = tensor
+                break
+        else:
+            unmatched.append(name)
+    return renamed, unmatched
+
+
+def hidden_layer(subnet: str, kind: str, index: int | str, parameter: str) -> str:
+    """Return the provisional name of a subnet's hidden layer, e.g. `cls_subnet.conv.0.weight`.
+
+    Args:
+        subnet: "cls", "classification", or anything else for the box subnet.
+        kind: "conv" or "norm".
+        index: number among the subnet's layers of this kind.
+        parameter: "weight" or "bias".
+    """
+    return f"{'cls_subnet' if subnet.startswith('cl') else 'box_subnet'}.{kind}.{index}.{parameter}"
+
+
+def place_hidden_layers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace names of `hidden_layer` by those of `Subnet.tower`, where convolution, norm (if any), ReLU alternate."""
+    layers_per_conv = 3 if any(".norm." in name for name in weights) else 2
+
+    def place(match: re.Match[str]) -> str:
+        index = int(match[3]) * layers_per_conv + (match[2] == "norm")
+        return f"{match[1]}_subnet.tower.{index}.{match[4]}"
+
+    return {re.sub(r"^(cls|box)_subnet\.(conv|norm)\.(\d+)\.(\w+)$", place, k): v for k, v in weights.items()}

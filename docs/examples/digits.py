@@ -1,15 +1,17 @@
 #!/usr/bin/env python
-"""The focal loss far from detection: handwritten digits of which some are rare, against cross entropy, over several seeds.
+"""Compare focal losses with cross entropy on imbalanced image classification, over several seeds.
 
-    pip install scikit-learn && python docs/examples/digits.py [--seeds N]
+Two problems on scikit-learn's 1,797 handwritten digits of 8x8 pixels, each with a small network:
 
-Two problems on scikit-learn's 1,797 digits of 8x8 pixels, a small network for each:
+- one digit against the rest, its training examples subsampled to 1:100 (sigmoid), scored by average precision;
+- all ten digits with a long tail: each has fewer training examples than the one before, the rarest 5 (softmax), scored
+  by the mean recall of the classes.
 
-- one digit against the rest, its training examples thinned to 1 for 100 others (sigmoid), judged by average precision;
-- all ten digits with a long tail: each has fewer training examples than the one before, the rarest 5 (softmax), judged by
-  the mean recall of the classes.
+The test sets are not subsampled. Needs scikit-learn: pip install -e .[examples]
 
-The test set is not thinned in either.
+examples:
+  python docs/examples/digits.py
+  python docs/examples/digits.py --seeds 2
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Problem(NamedTuple):
-    """Pixels and labels to learn from and to be judged by."""
+    """Pixels (N, 64) and labels of the training and test sets; `outputs` is the number of logits."""
 
     train_x: Tensor
     train_y: Tensor
@@ -50,10 +52,17 @@ class Problem(NamedTuple):
     outputs: int
 
 
-def thinned(
+def subsampled(
     seed: int, keep: Callable[[int, int], int], relabel: Callable[[np.ndarray], np.ndarray], outputs: int
 ) -> Problem:
-    """Half of the digits to learn from, of which `keep(digit, count)` of each digit stay; the other half to test."""
+    """Split the digits in halves and subsample the training half.
+
+    Args:
+        seed: random seed of the split.
+        keep: maps a digit and its number of training examples to the number of examples to keep.
+        relabel: maps digits (N,) to labels.
+        outputs: number of logits.
+    """
     digits = load_digits()
     random = np.random.default_rng(seed)
     order = random.permutation(len(digits.target))
@@ -67,8 +76,8 @@ def thinned(
     )  # fmt: skip
 
 
-def trained(problem: Problem, loss: Loss, seed: int, *, steps: int = 300) -> Tensor:
-    """Logits of the test set after training a small network."""
+def train_and_predict(problem: Problem, loss: Loss, seed: int, *, steps: int = 300) -> Tensor:
+    """Train a small network and return its logits (N, outputs) on the test set."""
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, problem.outputs))
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
@@ -82,13 +91,13 @@ def trained(problem: Problem, loss: Loss, seed: int, *, steps: int = 300) -> Ten
 
 
 def one_against_the_rest(seed: int) -> dict[str, float]:
-    """Average precision for the digit 8, by loss."""
+    """Return the average precision of the digit 8 by loss."""
     others = 800
 
     def keep(digit: int, count: int) -> int:
         return others // 100 if digit == 8 else count
 
-    problem = thinned(seed, keep, lambda y: (y == 8).astype(np.float32)[:, None], 1)
+    problem = subsampled(seed, keep, lambda y: (y == 8).astype(np.float32)[:, None], 1)
     losses: dict[str, Loss] = {
         "cross entropy": lambda x, y: sigmoid_focal_loss(x, y, alpha=None, gamma=0.0, reduction="mean"),
         "cross entropy, alpha 0.75": lambda x, y: sigmoid_focal_loss(x, y, alpha=0.75, gamma=0.0, reduction="mean"),
@@ -99,19 +108,20 @@ def one_against_the_rest(seed: int) -> dict[str, float]:
         ),
         "FL*, gamma 2, beta 1": lambda x, y: sigmoid_focal_star_loss(x, y, reduction="mean"),
     }
-    truth = problem.test_y[:, 0].numpy()
+    labels = problem.test_y[:, 0].numpy()
     return {
-        n: float(average_precision_score(truth, trained(problem, f, seed)[:, 0].numpy())) for n, f in losses.items()
+        n: float(average_precision_score(labels, train_and_predict(problem, f, seed)[:, 0].numpy()))
+        for n, f in losses.items()
     }
 
 
 def long_tail(seed: int) -> dict[str, float]:
-    """Mean recall of the ten digits, by loss; digit d keeps 90 * (5 / 90)^(d / 9) training examples."""
+    """Return the mean recall of the ten digits by loss; digit d keeps 90 * (5 / 90)^(d / 9) training examples."""
 
     def keep(digit: int, count: int) -> int:
         return min(count, round(90 * (5 / 90) ** (digit / 9)))
 
-    problem = thinned(seed, keep, lambda y: y.astype(np.int64), 10)
+    problem = subsampled(seed, keep, lambda y: y.astype(np.int64), 10)
     counts = torch.bincount(problem.train_y, minlength=10)
     inverse, effective = inverse_frequency(counts), effective_number(counts, beta=0.99)
     losses: dict[str, Loss] = {
@@ -128,17 +138,17 @@ def long_tail(seed: int) -> dict[str, float]:
         ),
         "FL*, gamma 2, beta 1": lambda x, y: softmax_focal_star_loss(x, y, reduction="mean"),
     }
-    truth = problem.test_y.numpy()
+    labels = problem.test_y.numpy()
     return {
-        n: float(recall_score(truth, trained(problem, f, seed).argmax(dim=1).numpy(), average="macro"))
+        n: float(recall_score(labels, train_and_predict(problem, f, seed).argmax(dim=1).numpy(), average="macro"))
         for n, f in losses.items()
     }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run both problems and print means with standard errors, and of the differences to cross entropy on the same seed."""
+    """Run both problems; print means with standard errors, also of the paired differences from cross entropy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=10, help="number of random seeds (default: %(default)s)")
     arguments = parser.parse_args(argv)
     for title, run in (
         ("8 against the rest, 1:100: average precision", one_against_the_rest),
@@ -149,14 +159,16 @@ def main(argv: list[str] | None = None) -> int:
         for name in results[0]:
             values = np.array([r[name] for r in results])
             difference = values - [r["cross entropy"] for r in results]
-            print(
-                f"{name:34} {values.mean():.3f} ({error(values):.3f})          {difference.mean():+.3f} ({error(difference):.3f})"
+            columns = (
+                f"{each.mean():{sign}.3f} ({standard_error(each):.3f})"
+                for each, sign in ((values, ""), (difference, "+"))
             )
+            print(f"{name:34} {'          '.join(columns)}")
     return 0
 
 
-def error(values: np.ndarray) -> float:
-    """Standard error of the mean."""
+def standard_error(values: np.ndarray) -> float:
+    """Return the standard error of the mean; nan for a single value."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 

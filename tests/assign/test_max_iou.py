@@ -17,11 +17,12 @@ from torchvision.ops import box_iou
 
 import detector.assign.max_iou
 from detector.anchors import pyramid_grids
-from detector.assign.max_iou import BACKGROUND, IGNORED, Matches, match_anchors
-from detector.config import ModelConfig
+from detector.assign.assignment import BACKGROUND, IGNORED, Assignment
+from detector.assign.max_iou import MaxIoUAssigner
+from detector.config import CompatConfig, ModelConfig
 from detector.models import build_anchors
 from detector.structures import Targets
-from detector.weights.from_torchvision import TORCHVISION_ANCHORS
+from detector.weights.from_torchvision import TORCHVISION_ANCHORS, TORCHVISION_COMPAT
 
 SQUARE = [0.0, 0.0, 10.0, 10.0]
 
@@ -34,9 +35,10 @@ def pad_targets(images: Sequence[Tensor], ignore: Sequence[Tensor] = ()) -> Targ
     return Targets(boxes, labels, regions)
 
 
-def match(anchors: Tensor, targets: Targets, low_quality: bool = False, **more: Any) -> Matches:
-    thresholds = {"fg_iou_thresh": 0.5, "bg_iou_thresh": 0.4, **more}
-    return match_anchors(anchors, targets, low_quality_matches=low_quality, **thresholds)
+def assign(
+    anchors: Tensor, targets: Targets, low_quality: bool = False, grids: Any = None, **settings: Any
+) -> Assignment:
+    return MaxIoUAssigner(low_quality_matches=low_quality, **settings)(anchors, targets, grids=grids)
 
 
 def random_boxes(n: int, seed: int, size: float = 256) -> Tensor:
@@ -62,7 +64,7 @@ def test_matches_equal_torchvisions_matcher(anchors: Tensor, counts: tuple[int, 
     images = [random_boxes(n, seed) for seed, n in enumerate(counts)]
     matcher = Matcher(0.5, 0.4, allow_low_quality_matches=low_quality)
     expected = torch.stack([matcher(box_iou(boxes, anchors)) for boxes in images])
-    result = match(anchors, pad_targets(images), low_quality)
+    result = assign(anchors, pad_targets(images), low_quality)
     assert torch.equal(result.matched, expected)
     assert torch.equal(result.num_pos, (expected >= 0).sum(dim=1))
     assert (expected >= 0).any() or not low_quality
@@ -71,10 +73,10 @@ def test_matches_equal_torchvisions_matcher(anchors: Tensor, counts: tuple[int, 
 
 @pytest.mark.parametrize("low_quality", [False, True])
 def test_images_without_objects_are_all_background(anchors: Tensor, low_quality: bool) -> None:
-    nothing = match(anchors, pad_targets([torch.zeros(0, 4)] * 2), low_quality)  # M = 0
+    nothing = assign(anchors, pad_targets([torch.zeros(0, 4)] * 2), low_quality)  # M = 0
     assert (nothing.matched == BACKGROUND).all()
     assert nothing.num_pos.tolist() == [0, 0]
-    one_empty = match(anchors, pad_targets([torch.zeros(0, 4), random_boxes(3, 0)]), low_quality)
+    one_empty = assign(anchors, pad_targets([torch.zeros(0, 4), random_boxes(3, 0)]), low_quality)
     assert (one_empty.matched[0] == BACKGROUND).all()
     assert one_empty.num_pos[0] == 0 < one_empty.num_pos[1]
 
@@ -82,24 +84,24 @@ def test_images_without_objects_are_all_background(anchors: Tensor, low_quality:
 @pytest.mark.parametrize("low_quality", [False, True])
 def test_padding_never_matches_wherever_it_stands(anchors: Tensor, low_quality: bool) -> None:
     boxes = random_boxes(5, 0)
-    alone = match(anchors, pad_targets([boxes]), low_quality)
+    alone = assign(anchors, pad_targets([boxes]), low_quality)
     padding = torch.zeros(2, 4)
     labels = torch.tensor([[-1, -1, 0, 0, 0, 0, 0, -1, -1]])
     targets = Targets(torch.cat([padding, boxes, padding])[None], labels, torch.zeros(1, 0, 4))
-    among_padding = match(anchors, targets, low_quality).matched
+    among_padding = assign(anchors, targets, low_quality).matched
     assert torch.equal(torch.where(among_padding >= 0, among_padding - 2, among_padding), alone.matched)
     # not even where padding has the coordinates of an anchor
     as_anchor = Targets(anchors[None, 500:501], torch.tensor([[-1]]), torch.zeros(1, 0, 4))
-    assert (match(anchors, as_anchor, low_quality).matched == BACKGROUND).all()
+    assert (assign(anchors, as_anchor, low_quality).matched == BACKGROUND).all()
 
 
 @pytest.mark.parametrize("low_quality", [False, True])
 def test_ties_go_to_the_object_listed_first(low_quality: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     targets = pad_targets([torch.tensor([SQUARE, SQUARE, SQUARE])])
     anchors = torch.tensor([SQUARE, [0.0, 0.0, 10.0, 9.0], [50.0, 50.0, 60.0, 60.0]])
-    assert match(anchors, targets, low_quality).matched.tolist() == [[0, 0, BACKGROUND]]
-    monkeypatch.setattr(detector.assign.max_iou, "PAIRS_AT_ONCE", 1)
-    assert match(anchors, targets, low_quality).matched.tolist() == [[0, 0, BACKGROUND]]
+    assert assign(anchors, targets, low_quality).matched.tolist() == [[0, 0, BACKGROUND]]
+    monkeypatch.setattr(detector.assign.max_iou, "MAX_PAIRS", 1)
+    assert assign(anchors, targets, low_quality).matched.tolist() == [[0, 0, BACKGROUND]]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_ties_go_to_the_object_listed_first(low_quality: bool, monkeypatch: pyte
     [(10.0, 0), (5.0, 0), (4.9, IGNORED), (4.0, IGNORED), (3.9, BACKGROUND), (0.0, BACKGROUND)],
 )
 def test_thresholds_belong_to_the_upper_side(width: float, expected: int) -> None:
-    result = match(torch.tensor([[0.0, 0.0, width, 10.0]]), pad_targets([torch.tensor([SQUARE])]))
+    result = assign(torch.tensor([[0.0, 0.0, width, 10.0]]), pad_targets([torch.tensor([SQUARE])]))
     assert result.matched.item() == expected
 
 
@@ -117,24 +119,25 @@ def test_blocks_of_any_size_give_the_same_matches(
     anchors: Tensor, pairs: int, low_quality: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     targets = pad_targets([random_boxes(40, 0), random_boxes(3, 1), torch.zeros(0, 4)])
-    whole = match(anchors, targets, low_quality)
-    monkeypatch.setattr(detector.assign.max_iou, "PAIRS_AT_ONCE", pairs)
-    for part, expected in zip(match(anchors, targets, low_quality), whole, strict=True):
-        assert torch.equal(part, expected)
+    whole = assign(anchors, targets, low_quality)
+    monkeypatch.setattr(detector.assign.max_iou, "MAX_PAIRS", pairs)
+    in_blocks = assign(anchors, targets, low_quality)
+    assert torch.equal(in_blocks.matched, whole.matched)
+    assert torch.equal(in_blocks.num_pos, whole.num_pos)
 
 
 def test_low_quality_matches_give_every_object_its_best_anchor_including_ties() -> None:
     anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0], [10.0, 0.0, 20.0, 10.0], [0.0, 20.0, 10.0, 30.0]])
     targets = pad_targets([torch.tensor([[8.0, 0.0, 12.0, 10.0]])])  # overlaps two anchors by 1/6 each
-    assert match(anchors, targets).matched.tolist() == [[BACKGROUND] * 3]
-    assert match(anchors, targets, low_quality=True).matched.tolist() == [[0, 0, BACKGROUND]]
+    assert assign(anchors, targets).matched.tolist() == [[BACKGROUND] * 3]
+    assert assign(anchors, targets, low_quality=True).matched.tolist() == [[0, 0, BACKGROUND]]
 
 
 def test_an_object_that_touches_no_anchor_matches_none_unlike_torchvisions() -> None:
     anchors, far = torch.tensor([SQUARE, [20.0, 0.0, 30.0, 10.0]]), torch.tensor([[90.0, 90.0, 95.0, 95.0]])
     matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
     assert matcher(box_iou(far, anchors)).tolist() == [0, 0]
-    assert match(anchors, pad_targets([far]), low_quality=True).matched.tolist() == [[BACKGROUND, BACKGROUND]]
+    assert assign(anchors, pad_targets([far]), low_quality=True).matched.tolist() == [[BACKGROUND, BACKGROUND]]
 
 
 @pytest.mark.parametrize(
@@ -149,15 +152,15 @@ def test_an_object_that_touches_no_anchor_matches_none_unlike_torchvisions() -> 
 def test_background_anchors_half_inside_an_ignore_region_are_ignored(region: list[float], expected: int) -> None:
     anchors, nothing = torch.tensor([SQUARE]), torch.zeros(0, 4)
     targets = pad_targets([nothing], [torch.tensor([[0.0, 0.0, 0.0, 0.0], region])])
-    assert match(anchors, targets).matched.item() == expected
-    assert match(anchors, targets, ignore_regions=False).matched.item() == BACKGROUND
+    assert assign(anchors, targets).matched.item() == expected
+    assert assign(anchors, targets, ignore_regions=False).matched.item() == BACKGROUND
 
 
 def test_positive_anchors_stay_positive_inside_an_ignore_region() -> None:
     anchors = torch.tensor([SQUARE, [0.0, 0.0, 10.0, 4.0], [60.0, 60.0, 70.0, 70.0], [300.0, 300.0, 310.0, 310.0]])
     everything = torch.tensor([[0.0, 0.0, 100.0, 100.0]])
     targets = pad_targets([torch.tensor([SQUARE])] * 2, [everything, torch.zeros(0, 4)])
-    result = match(anchors, targets)
+    result = assign(anchors, targets)
     assert result.matched.tolist() == [[0, IGNORED, IGNORED, BACKGROUND], [0, IGNORED, BACKGROUND, BACKGROUND]]
     assert result.num_pos.tolist() == [1, 1]
 
@@ -180,9 +183,9 @@ class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_memory_does_not_grow_with_the_number_of_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     anchors = image_anchors(800)
     assert len(anchors) > 120_000
-    monkeypatch.setattr(detector.assign.max_iou, "PAIRS_AT_ONCE", 1_000_000)
+    monkeypatch.setattr(detector.assign.max_iou, "MAX_PAIRS", 1_000_000)
     with LargestTensor() as largest:
-        match(anchors, pad_targets([random_boxes(500, 0, 800)], [random_boxes(50, 1, 800)]))
+        assign(anchors, pad_targets([random_boxes(500, 0, 800)], [random_boxes(50, 1, 800)]))
     assert 0 < largest.numel <= 1_000_000
 
 
@@ -190,7 +193,7 @@ def test_memory_does_not_grow_with_the_number_of_objects(monkeypatch: pytest.Mon
 
 BUILDS = {
     "usual": ModelConfig(),
-    "torchvision's": ModelConfig(anchors=TORCHVISION_ANCHORS),
+    "torchvision's": ModelConfig(anchors=TORCHVISION_ANCHORS, compat=CompatConfig(**TORCHVISION_COMPAT)),
     "far apart": ModelConfig.model_validate({"anchors": {"sizes": [5.5, 9.0, 40.0, 70.0, 300.0]}}, strict=False),
 }
 
@@ -203,10 +206,10 @@ def both_ways(
     empty = torch.zeros(0, 4)
     others = boxes[: len(boxes) // 2].flip(0) + torch.tensor(
         [11.0, 7.0, 19.0, 9.0]
-    )  # near the first image's, and yet not theirs
+    )  # near the first image's objects, but not of that image
     targets = pad_targets([boxes, empty, others])
-    plain = match(anchors, targets, low_quality, **more)
-    return match(anchors, targets, low_quality, grids=grids, **more).matched, plain.matched
+    plain = assign(anchors, targets, low_quality, **more)
+    return assign(anchors, targets, low_quality, grids=grids, **more).matched, plain.matched
 
 
 @given(
@@ -242,7 +245,7 @@ def test_windows_find_the_same_in_a_crowd(
     count: int, low_quality: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Image by image or together."""
-    monkeypatch.setattr(detector.assign.max_iou, "WINDOWS_AT_ONCE", at_once)
+    monkeypatch.setattr(detector.assign.max_iou, "MAX_WINDOWS", at_once)
     windows_of, batches = detector.assign.max_iou._windows, []
 
     def counted(anchors: Tensor, targets: Targets, *settings: Any) -> Tensor:
@@ -258,7 +261,7 @@ def test_windows_find_the_same_in_a_crowd(
 
 @pytest.mark.parametrize("low_quality", [False, True])
 def test_windows_that_hold_too_much_give_way_to_blocks(low_quality: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detector.assign.max_iou, "PAIRS_AT_ONCE", 10_000)
+    monkeypatch.setattr(detector.assign.max_iou, "MAX_PAIRS", 10_000)
     large = random_boxes(40, 5) * 0.3 + torch.tensor([0.0, 0.0, 170.0, 170.0])
     windows, plain = both_ways("usual", (256, 256), large, low_quality, fg_iou_thresh=0.3, bg_iou_thresh=0.01)
     assert torch.equal(windows, plain)
@@ -278,5 +281,5 @@ def test_windows_need_memory_for_the_neighbourhood_of_the_objects_only() -> None
     grids = pyramid_grids(size)
     anchors = build_anchors(ModelConfig())(size, grids, torch.device("cpu"))
     with LargestTensor() as largest:
-        match(anchors, pad_targets([boxes]), True, grids=grids)
+        assign(anchors, pad_targets([boxes]), True, grids=grids)
     assert len(anchors) <= largest.numel < len(anchors) * len(boxes) / 10

@@ -1,4 +1,4 @@
-"""The benchmark: that it compares like with like, and refuses otherwise."""
+"""The benchmark compares implementations that compute the same, and refuses others."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import pytest
 import torch
 
 import tools.benchmarks.cases
+import tools.benchmarks.components
+import tools.benchmarks.inference
+import tools.benchmarks.training
+from detector.assign.max_iou import MaxIoUAssigner
 from detector.losses import RetinaNetLoss
-from tests.emulated_gpu import pretended_gpu
-from tools.benchmark import main
-from tools.benchmarks.measure import Measured, interleaved, noise
+from tests.emulated_gpu import emulated_gpu
+from tools.benchmark import build_parser, main
+from tools.benchmarks.measure import Timings, interleaved, noise
 from tools.benchmarks.pipeline import loading, opening, scoring
 from tools.benchmarks.report import verdict
 
@@ -22,16 +26,16 @@ CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--size", "32x64", "--backbone", "resnet18", "--repeats", "2", "--classes", "5"]
 
 
-def test_ways_are_timed_by_turns_and_the_first_one_twice() -> None:
+def test_implementations_are_timed_in_alternation_and_ours_twice() -> None:
     calls: list[str] = []
-    measured = interleaved(
+    timings = interleaved(
         {"ours": lambda: calls.append("ours"), "peer": lambda: calls.append("peer")}, repeats=3, warmup=1, device=CPU
     )
     assert calls[-12:] == ["ours", "peer"] * 6
-    assert {name: len(one.seconds) for name, one in measured.items()} == {"ours": 3, "peer": 6, "again": 3}
+    assert {name: len(one.seconds) for name, one in timings.items()} == {"ours": 3, "peer": 6, "again": 3}
 
 
-def test_times_and_memory_are_those_of_the_work() -> None:
+def test_times_and_memory_are_of_one_repetition() -> None:
     kept: list[torch.Tensor] = []
 
     def works() -> None:
@@ -45,27 +49,29 @@ def test_times_and_memory_are_those_of_the_work() -> None:
 
 
 def test_a_ratio_within_the_noise_is_no_difference() -> None:
-    timed = {"ours": Measured([1.0, 1.0, 1.0]), "again": Measured([1.1, 1.1, 1.1])}
-    assert noise(timed, "ours") == pytest.approx(0.1)
+    timings = {"ours": Timings([1.0, 1.0, 1.0]), "again": Timings([1.1, 1.1, 1.1])}
+    assert noise(timings) == pytest.approx(0.1)
     assert "no difference" in verdict(1.05, 0.1)
     assert "no difference" in verdict(1 / 1.05, 0.1)
     assert verdict(1.5, 0.1).startswith("ratio 1.50")
 
 
 CASES = [
-    *(pytest.param(case, marks=pytest.mark.slow) for case in ("train", "feed")), "infer", "loss", "match", "postprocess",
+    *(pytest.param(case, marks=pytest.mark.slow) for case in ("train", "feed")),
+    "infer", "loss", "match", "postprocess",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_case_ends_with_a_ratio_and_raw_figures(
+def test_every_case_prints_a_row_and_writes_raw_figures(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [*SMALL, "--precision", "fp32", "--json", str(tmp_path / "raw.json")]
-    options += ["--images", "8", "--picture", "48x64"] if case == "feed" else []
+    options += ["--images", "8", "--image-size", "48x64"] if case == "feed" else []
     assert main([case, *options, *(["--trace", str(tmp_path / "trace")] if case == "train" else [])]) == 0
     written = json.loads((tmp_path / "raw.json").read_text())
     assert f"{case}, " in capsys.readouterr().out
+    assert written["format"] == 1
     assert written["machine"]["threads"] >= 1
     for row in written["rows"]:
         assert row["ratio"] == pytest.approx(row["peer"]["median_ms"] / row["ours"]["median_ms"])
@@ -77,10 +83,11 @@ def test_every_case_ends_with_a_ratio_and_raw_figures(
 
 
 @pytest.mark.parametrize("case", [*CASES[:-1], pytest.param("postprocess", marks=pytest.mark.slow)])
-def test_every_case_knows_what_to_do_with_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tools.benchmarks.cases, "machine_peak", lambda *_: 1e12)  # a product that a CPU takes long for
-    options = [*SMALL, "--device", "cuda", "--compile", "no", "--images", "8", "--picture", "48x64"]
-    with pretended_gpu():
+def test_every_case_runs_on_an_emulated_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (tools.benchmarks.training, tools.benchmarks.inference):
+        monkeypatch.setattr(module, "machine_peak", lambda *_: 1e12)  # the GPU's matrix product is slow on a CPU
+    options = [*SMALL, "--device", "cuda", "--compile", "no", "--images", "8", "--image-size", "48x64"]
+    with emulated_gpu():
         assert main([case, *options]) == 0
 
 
@@ -88,34 +95,50 @@ def test_different_losses_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: p
     def other(*_: Any, **named: Any) -> RetinaNetLoss:
         return RetinaNetLoss(**{**named, "box_weight": 1.001})
 
-    monkeypatch.setattr(tools.benchmarks.cases, "RetinaNetLoss", other)
+    monkeypatch.setattr(tools.benchmarks.training, "RetinaNetLoss", other)
     assert main(["train", *SMALL, "--precision", "fp32"]) == 1
     assert "losses must agree" in capsys.readouterr().err
 
 
-def test_different_matches_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_assignments_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def other(*_: Any, **named: Any) -> RetinaNetLoss:
-        return RetinaNetLoss(**{**named, "fg_iou_thresh": 0.6})
+        return RetinaNetLoss(**{**named, "assigner": MaxIoUAssigner(fg_iou_thresh=0.6)})
 
-    monkeypatch.setattr(tools.benchmarks.cases, "RetinaNetLoss", other)
+    monkeypatch.setattr(tools.benchmarks.components, "RetinaNetLoss", other)
     assert main(["match", *SMALL, "--boxes", "30"]) == 1
-    assert "matches must be the same" in capsys.readouterr().err
+    assert "assignments must be the same" in capsys.readouterr().err
 
 
-def test_scoring_compares_engines_that_agree() -> None:
+def test_scoring_compares_engines_with_equal_metrics() -> None:
     row = scoring(20, repeats=2)
     assert row["ratio"] > 1
     assert len(row["peer"]["seconds"]) == 1
 
 
 def test_loading_times_both_pipelines() -> None:
-    row = loading((48, 64), workers=1, batch=4, repeats=1, pictures=12)
+    row = loading((48, 64), workers=1, batch=4, repeats=1, images=12)
     assert row["ours"]["images_per_second"] > 0
     assert row["peer"]["images_per_second"] > 0
-    assert row["kept"]["images_per_second"] > 0
+    assert row["cached"]["images_per_second"] > 0
 
 
-def test_opening_compares_readers_that_find_the_same() -> None:
+def test_opening_compares_readers_with_equal_annotations() -> None:
     row = opening(30, repeats=2)
     assert row["ratio"] > 0
     assert row["peer"]["seconds"]
+
+
+@pytest.mark.parametrize("size", ["800", "800x", "x800", "800x-1", "axb"])
+def test_sizes_must_be_height_and_width(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["loss", "--size", size])
+    assert "must be HEIGHTxWIDTH, for example 800x1333, got" in capsys.readouterr().err
+
+
+def test_the_help_lists_every_case_and_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f" {case} " in text for case in tools.benchmarks.cases.CASES)
+    options = {action.option_strings[0] for action in build_parser()._actions if action.option_strings} - {"-h"}
+    assert text.count("(default: ") == len(options)

@@ -1,4 +1,4 @@
-"""Augmentation: repeatable, independent, with boxes that stay on their objects, and mistakes told before training."""
+"""Augmentation: repeatable, independent, boxes stay on their objects, and mistakes are reported before training."""
 
 from __future__ import annotations
 
@@ -11,39 +11,47 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from detector.datasets.augment import Augmentation, extreme_sizes
-from detector.datasets.coco import Objects
+from detector.datasets.augment import Augmentation, Transforms, extreme_sizes
+from detector.datasets.objects import NO_OBJECTS, Objects
+from detector.datasets.transforms import View
 from detector.errors import ConfigError
 
 NONE = np.zeros((0, 4), np.float32)
-Steps = Sequence[Mapping[str, Mapping[str, Any]]]
 
 
-def augmentation(*steps: Mapping[str, Mapping[str, Any]], min_visibility: float = 0.3) -> Augmentation:
-    return Augmentation(steps, min_visibility=min_visibility)
+def augmentation(*transforms: Mapping[str, Mapping[str, Any]], min_visibility: float = 0.3) -> Augmentation:
+    return Augmentation(transforms, min_visibility=min_visibility)
 
 
-def corner_picture() -> NDArray[np.uint8]:
-    """Only the upper left quarter is bright, so that a picture tells how it was flipped."""
+def augmented(
+    pipeline: Augmentation, image: NDArray[np.uint8], objects: Objects, *, seed: list[int], **named: str
+) -> tuple[NDArray[np.uint8], Objects]:
+    view = pipeline(View(image, (image.shape[0], image.shape[1]), objects), np.random.default_rng(seed), **named)
+    assert view.size == view.image.shape[:2]
+    return view.image, view.objects
+
+
+def corner_image() -> NDArray[np.uint8]:
+    """An image whose upper left quarter is bright, which shows how it was flipped."""
     image = np.zeros((40, 60, 3), np.uint8)
     image[:20, :30] = 200
     return image
 
 
-def views(steps: Steps, seeds: list[list[int]]) -> list[bytes]:
-    """In a process of its own, if need be."""
+def views(transforms: Transforms, seeds: list[list[int]]) -> list[bytes]:
+    """At the top level, so that another process can call it."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)
     objects = Objects(np.array([[5, 5, 30, 30]], np.float32), np.array([2]), NONE)
-    pipeline = augmentation(*steps)
+    pipeline = augmentation(*transforms)
     seen = []
     for seed in seeds:
-        picture, moved = pipeline(image, objects, seed=seed)
-        seen.append(picture.tobytes() + moved.boxes.tobytes())
+        pixels, moved = augmented(pipeline, image, objects, seed=seed)
+        seen.append(pixels.tobytes() + moved.boxes.tobytes())
     return seen
 
 
-MANY: Steps = (
+MANY: Transforms = (
     {"HorizontalFlip": {"p": 0.5}},
     {"RandomBrightnessContrast": {"p": 0.7}},
     {"OneOf": {"transforms": [{"VerticalFlip": {"p": 1.0}}, {"GaussianBlur": {"p": 1.0}}], "p": 0.8}},
@@ -52,11 +60,11 @@ MANY: Steps = (
 
 
 @pytest.mark.filterwarnings("error")
-def test_no_steps_change_nothing_and_need_no_warning() -> None:
-    image = corner_picture()
+def test_an_empty_pipeline_changes_nothing_and_does_not_warn() -> None:
+    image = corner_image()
     objects = Objects(np.array([[1, 2, 30, 20]], np.float32), np.array([4]), np.array([[0, 0, 10, 10]], np.float32))
-    picture, same = augmentation()(image, objects, seed=[0])
-    assert np.array_equal(picture, image)
+    pixels, same = augmented(augmentation(), image, objects, seed=[0])
+    assert np.array_equal(pixels, image)
     assert np.array_equal(same.boxes, objects.boxes)
     assert np.array_equal(same.labels, objects.labels)
     assert np.array_equal(same.ignore_boxes, objects.ignore_boxes)
@@ -64,10 +72,10 @@ def test_no_steps_change_nothing_and_need_no_warning() -> None:
 
 def test_two_flips_of_one_pipeline_are_independent() -> None:
     pipeline = augmentation({"HorizontalFlip": {"p": 0.5}}, {"VerticalFlip": {"p": 0.5}})
-    image, counts = corner_picture(), np.zeros((2, 2), int)
+    image, counts = corner_image(), np.zeros((2, 2), int)
     for index in range(400):
-        picture, _ = pipeline(image, Objects(NONE, np.zeros(0, np.int64), NONE), seed=[0, 0, index])
-        left, top = picture[:, :30].mean() > picture[:, 30:].mean(), picture[:20].mean() > picture[20:].mean()
+        pixels, _ = augmented(pipeline, image, NO_OBJECTS, seed=[0, 0, index])
+        left, top = pixels[:, :30].mean() > pixels[:, 30:].mean(), pixels[:20].mean() > pixels[20:].mean()
         counts[int(left), int(top)] += 1
     assert counts.sum() == 400
     # Each of the four outcomes has chance 1/4: 100 of 400, standard deviation 8.7; 4.5 of them are one in 100,000.
@@ -75,7 +83,7 @@ def test_two_flips_of_one_pipeline_are_independent() -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["seed", "epoch", "image"])
-def test_every_image_of_every_epoch_of_every_run_draws_anew(which: int) -> None:
+def test_every_image_epoch_and_run_has_its_own_random_draws(which: int) -> None:
     seeds = [[1, 1, 1] for _ in range(30)]
     for i, seed in enumerate(seeds):
         seed[which] = i
@@ -90,8 +98,8 @@ def test_the_same_seed_gives_the_same_view_in_any_order_and_any_process() -> Non
         assert list(pool.map(views, [MANY, MANY], [seeds, seeds[3:]])) == [here, here[3:]]
 
 
-def test_all_mistakes_of_a_pipeline_are_told_together() -> None:
-    with pytest.raises(ConfigError) as told:
+def test_all_mistakes_of_a_pipeline_are_reported_together() -> None:
+    with pytest.raises(ConfigError) as refusal:
         augmentation(
             {"HorizontalFlop": {}},
             {"HorizontalFlip": {"probability": 0.5}},
@@ -99,7 +107,7 @@ def test_all_mistakes_of_a_pipeline_are_told_together() -> None:
             {"OneOf": {"transforms": [{"GausianBlur": {}}]}},
             {"RandomCrop": {"height": -4, "width": 4}},
         )
-    text = str(told.value)
+    text = str(refusal.value)
     for part in (
         "data.augment[0]: unknown transform HorizontalFlop; did you mean HorizontalFlip?",
         "data.augment[1]", "probability",
@@ -111,17 +119,17 @@ def test_all_mistakes_of_a_pipeline_are_told_together() -> None:
 
 
 @pytest.mark.parametrize("name", ["Normalize", "ToFloat", "ToTensorV2"])
-def test_what_leaves_no_8_bit_picture_is_refused(name: str) -> None:
+def test_a_pipeline_that_returns_no_8_bit_image_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"8-bit RGB|unknown transform ToTensorV2"):
         augmentation({name: {"p": 1.0}})
 
 
-def test_what_leaves_no_8_bit_picture_is_refused_even_if_it_rarely_happens() -> None:
+def test_a_pipeline_that_rarely_returns_no_8_bit_image_is_refused_too() -> None:
     with pytest.raises(ConfigError, match="8-bit RGB"):
         augmentation({"ToFloat": {"p": 0.01}})
 
 
-def test_what_moves_pixels_but_not_boxes_is_refused_and_what_moves_no_pixels_is_fine() -> None:
+def test_transforms_that_move_pixels_but_not_boxes_are_refused_and_those_that_move_no_pixels_are_not() -> None:
     with pytest.raises(ConfigError, match="moves pixels but not boxes"):
         augmentation(
             {"GridElasticDeform": {"num_grid_xy": [4, 4], "magnitude": 5, "p": 1.0}},
@@ -131,12 +139,12 @@ def test_what_moves_pixels_but_not_boxes_is_refused_and_what_moves_no_pixels_is_
     augmentation({"GaussNoise": {"p": 1.0}}, {"ToGray": {"p": 1.0}}, {"CLAHE": {"p": 1.0}})
 
 
-def test_what_fails_on_a_picture_fails_before_training() -> None:
-    with pytest.raises(ConfigError, match=r"data\.augment fails on a picture of 160 x 120 pixels: CropSizeError"):
+def test_a_pipeline_that_fails_on_an_image_fails_before_training() -> None:
+    with pytest.raises(ConfigError, match=r"data\.augment fails on an image of 160 x 120 pixels: CropSizeError"):
         augmentation({"RandomCrop": {"height": 500, "width": 500}})
 
 
-def test_a_pipeline_is_tried_on_the_sizes_it_will_meet() -> None:
+def test_a_pipeline_is_tried_on_the_extreme_sizes_of_the_dataset() -> None:
     sizes = np.array([[600, 800], [700, 520], [512, 2000], [900, 900]])
     assert extreme_sizes(sizes) == [(700, 520), (512, 2000)]
     assert extreme_sizes(sizes[:0]) == []
@@ -154,35 +162,34 @@ RARELY_WRONG: Sequence[Mapping[str, Any]] = (
 )
 
 
-@pytest.mark.parametrize("step", RARELY_WRONG, ids=lambda step: next(iter(step)))
+@pytest.mark.parametrize("transform", RARELY_WRONG, ids=lambda transform: next(iter(transform)))
 @pytest.mark.parametrize("around", ["nothing", "OneOf", "SomeOf", "OneOrOther", "Sequential", "RandomOrder"])
-def test_what_goes_wrong_rarely_is_found_before_training_too(around: str, step: Mapping[str, Any]) -> None:
+def test_a_pipeline_that_rarely_fails_is_refused_before_training_too(around: str, transform: Mapping[str, Any]) -> None:
     fine = {"HorizontalFlip": {"p": 0.5}}
     if around != "nothing":
         count = {"n": 1} if around in ("SomeOf", "RandomOrder") else {}
-        step = {around: {"transforms": [fine, step], "p": 0.001, **count}}
+        transform = {around: {"transforms": [fine, transform], "p": 0.001, **count}}
     with pytest.raises(ConfigError, match=r"8-bit RGB|CropSizeError"):
-        augmentation(fine, step)
+        augmentation(fine, transform)
 
 
-def test_trying_out_leaves_the_chances_as_they_are() -> None:
+def test_trying_a_pipeline_does_not_change_its_probabilities() -> None:
     pipeline = augmentation(
         {"OneOf": {"transforms": [{"HorizontalFlip": {"p": 1.0}}, {"ToGray": {"p": 1.0}}], "p": 0.5}}
     )
-    objects = Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), NONE)
-    unchanged = [np.array_equal(pipeline(corner_picture(), objects, seed=[i])[0], corner_picture()) for i in range(200)]
+    image = corner_image()
+    unchanged = [np.array_equal(augmented(pipeline, image, NO_OBJECTS, seed=[i])[0], image) for i in range(200)]
     assert 60 < sum(unchanged) < 180, "half of them, and the grey ones, which were grey before"
 
 
-def test_a_pipeline_that_fails_later_all_the_same_names_the_picture() -> None:
+def test_a_pipeline_that_fails_during_training_names_the_image() -> None:
     pipeline = Augmentation([{"RandomCrop": {"height": 100, "width": 100}}], min_visibility=0.3)
-    objects = Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), NONE)
     with pytest.raises(ConfigError, match=r"fails on small\.png of 300 x 90 pixels: CropSizeError"):
-        pipeline(np.zeros((90, 300, 3), np.uint8), objects, seed=[0], name="small.png")
+        augmented(pipeline, np.zeros((90, 300, 3), np.uint8), NO_OBJECTS, seed=[0], name="small.png")
 
 
 @pytest.mark.parametrize(
-    "step",
+    "transform",
     [
         {"HorizontalFlip": {"p": 1.0}},
         {"VerticalFlip": {"p": 1.0}},
@@ -199,19 +206,19 @@ def test_a_pipeline_that_fails_later_all_the_same_names_the_picture() -> None:
         {"Sequential": {"transforms": [{"VerticalFlip": {"p": 1.0}}, {"Transpose": {"p": 1.0}}], "p": 1.0}},
         {"OneOrOther": {"transforms": [{"VerticalFlip": {"p": 1.0}}, {"Transpose": {"p": 1.0}}]}},
     ],
-    ids=lambda step: next(iter(step)),
+    ids=lambda transform: next(iter(transform)),
 )
-def test_boxes_stay_on_what_they_bound(step: Mapping[str, Mapping[str, Any]]) -> None:
+def test_boxes_stay_on_what_they_bound(transform: Mapping[str, Mapping[str, Any]]) -> None:
     """A white rectangle on black is moved, and its box must move with it; the same box as ignore region too."""
-    pipeline = augmentation(step, min_visibility=0.0)
+    pipeline = augmentation(transform, min_visibility=0.0)
     image = np.zeros((100, 120, 3), np.uint8)
     image[30:70, 40:90] = 255
     box = np.array([[40, 30, 90, 70]], np.float32)
     seen = 0
     for index in range(12):
-        picture, moved = pipeline(image, Objects(box, np.array([5]), box), seed=[0, 0, index])
-        assert picture.dtype == np.uint8
-        white = np.nonzero(picture[..., 0] > 127)
+        pixels, moved = augmented(pipeline, image, Objects(box, np.array([5]), box), seed=[0, 0, index])
+        assert pixels.dtype == np.uint8
+        white = np.nonzero(pixels[..., 0] > 127)
         if not len(white[0]):
             continue
         at = [white[1].min(), white[0].min(), white[1].max() + 1, white[0].max() + 1]
@@ -223,38 +230,46 @@ def test_boxes_stay_on_what_they_bound(step: Mapping[str, Mapping[str, Any]]) ->
     assert seen >= 6
 
 
-def test_labels_stay_with_their_boxes_when_a_crop_drops_some() -> None:
+def test_labels_and_extras_stay_with_their_boxes_when_a_crop_drops_some() -> None:
     pipeline = augmentation({"Crop": {"x_min": 0, "y_min": 0, "x_max": 50, "y_max": 100, "p": 1.0}})
     boxes = np.array([[60, 10, 90, 40], [10, 10, 40, 40], [45, 50, 95, 90], [10, 60, 45, 95]], np.float32)
     ignored = np.array([[0, 0, 10, 10], [70, 70, 90, 90]], np.float32)
-    _, left = pipeline(np.zeros((100, 100, 3), np.uint8), Objects(boxes, np.array([0, 1, 2, 3]), ignored), seed=[1])
+    mask = np.array([True, False, True, True])
+    extras = {"ids": np.array([10, 11, 12, 13]), "points": np.arange(8).reshape(4, 2)}
+    objects = Objects(boxes, np.array([0, 1, 2, 3]), ignored, extras, mask)
+    _, left = augmented(pipeline, np.zeros((100, 100, 3), np.uint8), objects, seed=[1])
     assert left.labels.tolist() == [1, 3], "one is outside, of one only a tenth is left"
+    assert left.extras["ids"].tolist() == [11, 13]
+    assert left.extras["points"].tolist() == [[2, 3], [6, 7]]
+    assert left.class_mask is mask
     assert np.allclose(left.boxes, [[10, 10, 40, 40], [10, 60, 45, 95]])
     assert left.ignore_boxes.tolist() == [[0, 0, 10, 10]]
 
 
-def test_a_view_within_an_ignore_region_is_ignored_all_over() -> None:
-    """Of objects too much is cut off; of a region that hides objects nothing may become background."""
+def test_a_view_within_an_ignore_region_is_ignored_everywhere() -> None:
+    """The objects are cut off too much to be kept, but no part of an ignore region may become background."""
     crop = {"Crop": {"x_min": 150, "y_min": 150, "x_max": 250, "y_max": 250, "p": 1.0}}
     everywhere = np.array([[0, 0, 400, 400], [0, 0, 200, 400], [300, 300, 310, 390]], np.float32)
     objects = Objects(everywhere, np.array([0, 1, 2]), everywhere)
     pipeline = Augmentation([crop], min_visibility=0.3, sizes=[(400, 400)])
-    _, left = pipeline(np.zeros((400, 400, 3), np.uint8), objects, seed=[1])
+    _, left = augmented(pipeline, np.zeros((400, 400, 3), np.uint8), objects, seed=[1])
     assert len(left.boxes) == 0
     np.testing.assert_allclose(left.ignore_boxes, [[0, 0, 100, 100], [0, 0, 50, 100]], atol=0.3 * 400 / 16)
 
 
 @pytest.mark.parametrize(("visibility", "kept"), [(0.0, 1), (0.4, 1), (0.6, 0)])
-def test_a_crop_drops_what_it_leaves_less_of_than_min_visibility(visibility: float, kept: int) -> None:
+def test_a_crop_drops_objects_that_are_less_visible_than_min_visibility(visibility: float, kept: int) -> None:
     crop = {"Crop": {"x_min": 0, "y_min": 0, "x_max": 50, "y_max": 100, "p": 1.0}}
     objects = Objects(np.array([[30, 20, 70, 60]], np.float32), np.array([0]), NONE)  # half of it
-    _, left = augmentation(crop, min_visibility=visibility)(np.zeros((100, 100, 3), np.uint8), objects, seed=[1])
+    pipeline = augmentation(crop, min_visibility=visibility)
+    _, left = augmented(pipeline, np.zeros((100, 100, 3), np.uint8), objects, seed=[1])
     assert len(left.boxes) == kept
 
 
-def test_a_box_that_rounding_put_outside_its_picture_does_no_harm() -> None:
+def test_a_box_that_rounding_put_outside_its_image_is_clipped() -> None:
     objects = Objects(
         np.array([[0, 0, np.nextafter(np.float32(33.3), np.float32(99)), 40]], np.float32), np.array([0]), NONE
     )
-    _, left = augmentation({"HorizontalFlip": {"p": 1.0}})(np.zeros((40, 33, 3), np.uint8), objects, seed=[1])
+    pipeline = augmentation({"HorizontalFlip": {"p": 1.0}})
+    _, left = augmented(pipeline, np.zeros((40, 33, 3), np.uint8), objects, seed=[1])
     assert left.boxes.tolist() == [[0, 0, 33, 40]]

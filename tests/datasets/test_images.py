@@ -1,13 +1,11 @@
-"""Decoding image files and checking folders of them."""
+"""Decoding image files to RGB."""
 
 from __future__ import annotations
 
 import io
-import os
 import struct
 import zlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +17,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from detector.datasets import image_check
 from detector.datasets import images as images_module
-from detector.datasets.image_check import BAD, GOOD, MISSING, UNCHECKED, check_images
+from detector.datasets.image_check import BAD, check_images
 from detector.datasets.images import decode_at_least, decode_image, read_header
+from detector.datasets.store import FolderStore
 from detector.errors import ImageError
 
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
-    return path
-
-
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that were opened so far."""
-    real, names = images_module._opened, list[str]()
-
-    def open_and_note(path: Path | str) -> AbstractContextManager[Image.Image]:
-        names.append(Path(path).name)
-        return real(path)
-
-    monkeypatch.setattr(images_module, "_opened", open_and_note)
-    monkeypatch.setattr(image_check, "_opened", open_and_note)
-    return names
 
 
 def noise(*shape: int) -> NDArray[np.uint8]:
@@ -89,18 +66,18 @@ def test_jpegs_of_every_kind_equal_pillows(tmp_path: Path, settings: dict[str, A
     coarse.save(tmp_path / "a.jpg", **settings)
     with Image.open(tmp_path / "a.jpg") as image:
         assert np.array_equal(decode_image(tmp_path / "a.jpg", apply_exif=True), np.asarray(image.convert("RGB")))
-    taken = images_module._usual_jpeg(tmp_path / "a.jpg")
-    assert taken is not None
-    assert taken.flags.writeable
-    assert taken.flags.c_contiguous
+    by_simplejpeg = images_module._decode_jpeg((tmp_path / "a.jpg").read_bytes())
+    assert by_simplejpeg is not None
+    assert by_simplejpeg.flags.writeable
+    assert by_simplejpeg.flags.c_contiguous
 
 
-def test_a_jpeg_with_a_remark_is_judged_by_pillow(tmp_path: Path) -> None:
-    """Bytes between its segments: libjpeg warns and goes on."""
+def test_a_jpeg_with_a_decoder_warning_is_decoded_by_pillow(tmp_path: Path) -> None:
+    """Bytes between its segments: libjpeg warns and continues."""
     Image.new("RGB", (64, 48), (200, 30, 90)).save(tmp_path / "a.jpg")
     content = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "a.jpg").write_bytes(content.replace(b"\xff\xda", b"\x01\x02\x03\xff\xda", 1))
-    assert images_module._usual_jpeg(tmp_path / "a.jpg") is None
+    assert images_module._decode_jpeg((tmp_path / "a.jpg").read_bytes()) is None
     with Image.open(tmp_path / "a.jpg") as image:
         assert np.array_equal(decode_image(tmp_path / "a.jpg", apply_exif=True), np.asarray(image.convert("RGB")))
 
@@ -170,7 +147,7 @@ def test_pixels_without_a_known_white_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match=r"f\.tif: pixels must be integers, got floating point"):
             read(tmp_path / "f.tif")
     for decode in (False, True):
-        facts = check_images(tmp_path, ["f.tif"], np.ones(1, bool), decode=decode, progress=False)
+        facts = check_images(FolderStore(tmp_path), ["f.tif"], np.ones(1, bool), decode=decode, progress=False)
         assert facts.status.tolist() == [BAD]
         assert facts.reasons[0].startswith("pixels must be integers")
     Image.fromarray(np.full((4, 4), -7, np.int32)).save(tmp_path / "i.tif")
@@ -194,12 +171,12 @@ def test_every_exif_orientation_is_applied_as_pillow_does_or_not_at_all(
     assert read_header(path) == (24, 16, "RGB", orientation)
 
 
-def test_tiff_is_turned_by_its_tag_whatever_was_asked(tmp_path: Path) -> None:
+def test_tiff_is_always_rotated_by_its_tag(tmp_path: Path) -> None:
     pixels = noise(16, 24, 3)
     Image.fromarray(pixels).save(tmp_path / "a.tif", tiffinfo={0x0112: 6})
     for apply_exif in (False, True):
-        turned = decode_image(tmp_path / "a.tif", apply_exif=apply_exif)
-        np.testing.assert_array_equal(turned, np.rot90(pixels, -1))
+        rotated = decode_image(tmp_path / "a.tif", apply_exif=apply_exif)
+        np.testing.assert_array_equal(rotated, np.rot90(pixels, -1))
     assert read_header(tmp_path / "a.tif")[:2] == (16, 24)
     assert read_header(tmp_path / "a.tif").orientation == 1
 
@@ -232,7 +209,7 @@ def test_truncated_files_are_errors(tmp_path: Path, suffix: str, share: float) -
         (b"hello", "no image of a known format"),
     ],
 )
-def test_what_is_no_image_is_named(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_other_files_than_images_are_named(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(ImageError, match=reason):
         decode_image(tmp_path / "a.jpg", apply_exif=False)
@@ -286,104 +263,6 @@ def test_damaged_files_give_pixels_or_an_image_error_and_nothing_else(
     assert pixels.ndim == 3
 
 
-def folder(tmp_path: Path) -> tuple[Path, list[str]]:
-    root = tmp_path / "images"
-    (root / "sub").mkdir(parents=True)
-    Image.fromarray(noise(20, 30, 3)).save(root / "good.jpg")
-    Image.fromarray(noise(64, 64, 3)).save(root / "sub" / "cut.jpg")
-    whole = (root / "sub" / "cut.jpg").read_bytes()
-    (root / "sub" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(root / "deep.png")
-    return root, ["good.jpg", "sub/cut.jpg", "gone.jpg", "deep.png", "sub"]
-
-
-def test_a_folder_without_names_needs_no_check(tmp_path: Path) -> None:
-    facts = check_images(tmp_path, [], np.zeros(0, bool), decode=True, progress=False)
-    assert len(facts.status) == 0
-
-
-def test_truncation_is_found_by_decoding_and_not_by_headers(tmp_path: Path) -> None:
-    root, names = folder(tmp_path)
-    which = np.ones(len(names), bool)
-    header = check_images(root, names, which, decode=False, progress=False)
-    assert header.status.tolist() == [GOOD, GOOD, MISSING, GOOD, BAD]
-    decoded = check_images(root, names, which, decode=True, progress=False)
-    assert decoded.status.tolist() == [GOOD, BAD, MISSING, GOOD, BAD]
-    assert "truncated" in decoded.reasons[1]
-    assert decoded.sizes[0].tolist() == [20, 30]
-    assert decoded.modes[3] == b"I;16"
-    assert decoded.peaks[3] == round(4095 / 257)
-    which[0] = False
-    assert check_images(root, names, which, decode=False, progress=False).status[0] == UNCHECKED
-
-
-def test_good_files_are_remembered_until_they_change(tmp_path: Path, opened: list[str]) -> None:
-    root, names = folder(tmp_path)
-
-    def opened_by_checking(names: list[str], *, decode: bool) -> list[str]:
-        opened.clear()
-        check_images(root, names, np.ones(len(names), bool), decode=decode, progress=False)
-        return sorted(opened)
-
-    which = np.ones(len(names), bool)
-    first = check_images(root, names, which, decode=True, progress=False)
-    assert sorted(opened) == ["cut.jpg", "deep.png", "good.jpg"]
-    opened.clear()
-    again = check_images(root, names, which, decode=True, progress=False)
-    assert opened == ["cut.jpg"]  # bad ones are looked at each time
-    for a, b in zip(first[:5], again[:5], strict=True):
-        np.testing.assert_array_equal(a, b)
-    Image.fromarray(noise(10, 10, 3)).save(root / "good.jpg")
-    opened.clear()
-    changed = check_images(root, names, which, decode=True, progress=False)
-    assert sorted(opened) == ["cut.jpg", "good.jpg"]
-    assert changed.sizes[0].tolist() == [10, 10]
-    # a header check is satisfied by an earlier decoding, not the other way round
-    assert opened_by_checking(["good.jpg"], decode=False) == []
-    Image.fromarray(noise(11, 11, 3)).save(root / "good.jpg")
-    assert opened_by_checking(["good.jpg"], decode=False) == ["good.jpg"]
-    assert opened_by_checking(["good.jpg"], decode=True) == ["good.jpg"]
-    assert opened_by_checking(names, decode=True) == ["cut.jpg"]  # the others are kept
-
-
-@pytest.mark.parametrize("damage", ["garbage", "truncated", "foreign", "folder"])
-def test_a_broken_memory_costs_time_and_nothing_else(
-    tmp_path: Path, own_cache: Path, opened: list[str], damage: str
-) -> None:
-    root, names = folder(tmp_path)
-    which = np.ones(len(names), bool)
-    first = check_images(root, names, which, decode=True, progress=False)
-    (memory,) = (own_cache / "detector").iterdir()
-    if damage == "garbage":
-        memory.write_bytes(b"\0garbage" * 9)
-    elif damage == "truncated":
-        memory.write_bytes(memory.read_bytes()[:-50])
-    elif damage == "foreign":
-        np.savez(memory, names=np.zeros(3))
-    else:
-        memory.unlink()
-        memory.mkdir()
-    opened.clear()
-    again = check_images(root, names, which, decode=True, progress=False)
-    assert sorted(opened) == ["cut.jpg", "deep.png", "good.jpg"]
-    np.testing.assert_array_equal(first.status, again.status)
-
-
-def test_an_unwritable_memory_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    root, names = folder(tmp_path)
-    assert check_images(root, names, np.ones(5, bool), decode=True, progress=False).status[0] == GOOD
-
-
-def test_reading_the_memory_cannot_run_code(tmp_path: Path, own_cache: Path) -> None:
-    root, names = folder(tmp_path)
-    check_images(root, names, np.ones(5, bool), decode=True, progress=False)
-    (memory,) = (own_cache / "detector").iterdir()
-    np.savez(memory, names=np.array([{"pickled": 1}], dtype=object))
-    assert image_check._Memory(root).rows == {}
-
-
 def test_headers_of_png_are_read_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(noise(20, 30, 3)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("the header check decoded the image"))
@@ -391,19 +270,8 @@ def test_headers_of_png_are_read_without_decoding(tmp_path: Path, monkeypatch: p
     assert read_header(tmp_path / "a.png").width == 30
 
 
-def test_a_file_changed_without_changing_its_size_is_looked_at_again(tmp_path: Path, opened: list[str]) -> None:
-    pixels = Image.fromarray(noise(20, 30, 3))
-    pixels.save(tmp_path / "a.bmp")
-    one = np.ones(1, bool)
-    check_images(tmp_path, ["a.bmp"], one, decode=True, progress=False)
-    pixels.transpose(Image.Transpose.ROTATE_90).resize((30, 20)).save(tmp_path / "a.bmp")
-    os.utime(tmp_path / "a.bmp", ns=(1, 1))
-    check_images(tmp_path, ["a.bmp"], one, decode=True, progress=False)
-    assert opened == ["a.bmp", "a.bmp"]
-
-
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize(("size", "enough", "read"), [
+@pytest.mark.parametrize(("size", "needed", "read"), [
     ((97, 131), (10, 12), (97, 131)),
     ((98, 132), (10, 12), (49, 66)),
     ((800, 1000), (200, 250), (200, 250)),
@@ -412,24 +280,24 @@ def test_a_file_changed_without_changing_its_size_is_looked_at_again(tmp_path: P
     ((100, 100), (100, 100), (100, 100)),
     ((100, 100), (300, 300), (100, 100)),
 ])  # fmt: skip
-def test_a_large_jpeg_is_read_no_larger_than_needed(
-    tmp_path: Path, orientation: int, size: tuple[int, int], enough: tuple[int, int], read: tuple[int, int]
+def test_a_large_jpeg_is_decoded_no_larger_than_needed(
+    tmp_path: Path, orientation: int, size: tuple[int, int], needed: tuple[int, int], read: tuple[int, int]
 ) -> None:
-    """And looks as the whole picture does when it is resized by areas, turned or not."""
+    """And is close to the whole image resized by areas, rotated or not."""
     coarse = Image.fromarray(noise(11, 9, 3)).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     exif = Image.Exif()
     exif[0x0112] = orientation
     coarse.save(tmp_path / "a.jpg", quality=95, exif=exif)
     if orientation in (6, 8):
-        enough, read = enough[::-1], read[::-1]
+        needed, read = needed[::-1], read[::-1]
     whole = decode_image(tmp_path / "a.jpg", apply_exif=True)
     asked = []
 
-    def say(of: tuple[int, int]) -> tuple[int, int]:
+    def needed_size(of: tuple[int, int]) -> tuple[int, int]:
         asked.append(of)
-        return enough
+        return needed
 
-    pixels, of = decode_at_least(tmp_path / "a.jpg", apply_exif=True, enough=say)
+    pixels, of = decode_at_least(FolderStore(tmp_path), "a.jpg", apply_exif=True, needed_size=needed_size)
     assert asked == [whole.shape[:2]] == [of]
     assert pixels.shape[:2] == read
     assert pixels.flags.c_contiguous
@@ -438,11 +306,11 @@ def test_a_large_jpeg_is_read_no_larger_than_needed(
     assert np.array_equal(pixels, whole) == (read == whole.shape[:2])
 
 
-def test_what_is_no_colour_jpeg_is_read_whole(tmp_path: Path) -> None:
-    picture = Image.fromarray(noise(40, 60, 3))
-    picture.save(tmp_path / "a.png")
-    picture.convert("L").save(tmp_path / "b.jpg")
+def test_other_files_than_colour_jpegs_are_decoded_whole(tmp_path: Path) -> None:
+    image = Image.fromarray(noise(40, 60, 3))
+    image.save(tmp_path / "a.png")
+    image.convert("L").save(tmp_path / "b.jpg")
     for name in ("a.png", "b.jpg"):
-        pixels, size = decode_at_least(tmp_path / name, apply_exif=False, enough=lambda _: (5, 5))
+        pixels, size = decode_at_least(FolderStore(tmp_path), name, apply_exif=False, needed_size=lambda _: (5, 5))
         assert size == (40, 60)
         assert np.array_equal(pixels, decode_image(tmp_path / name, apply_exif=False))

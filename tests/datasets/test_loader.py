@@ -1,4 +1,4 @@
-"""From keys to batches: padding, fillers, mirroring, and the same batches however they are made."""
+"""From sample keys to batches: mirroring, padding, fillers, and batches that do not depend on the workers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from detector.datasets.augment import Augmentation
-from detector.datasets.coco import CocoDataset, read_coco
-from detector.datasets.loader import EMPTY, DetectionDataset, Sample, build_loader, collate, to_device, unreadable
+from detector.datasets.coco import CocoDataset
+from detector.datasets.loader import DetectionDataset, Sample, build_loader, collate, to_device, unreadable_images
 from detector.datasets.loader import _end_workers as end_workers
+from detector.datasets.objects import NO_OBJECTS
+from detector.datasets.opening import read_coco
 from detector.datasets.sampling import SampleKey, StepPlanner, TrainSampler
 from detector.errors import ImageError
 from detector.structures import Batch, Targets
@@ -40,7 +42,8 @@ def key(index: int = 0, **changes: Any) -> SampleKey:
 
 
 def tensors(batch: Batch) -> list[Tensor]:
-    return [batch.images, *batch.targets, batch.image_ids, batch.image_sizes, batch.original_sizes, batch.index]
+    targets = [t for t in batch.targets if t is not None]
+    return [batch.images, *targets, batch.image_ids, batch.image_sizes, batch.original_sizes, batch.index]
 
 
 def run_of(coco: CocoDataset, *, workers: int, start: int = 0) -> list[Batch]:
@@ -61,7 +64,7 @@ def assert_equal(some: list[Batch], others: list[Batch]) -> None:
             assert torch.equal(a, b)
 
 
-def test_a_worker_makes_pictures_where_the_main_process_reads_them(
+def test_a_worker_collates_images_in_memory_that_it_shares_with_the_main_process(
     coco: CocoDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = DetectionDataset(coco, max_size=96)
@@ -75,8 +78,8 @@ def test_a_worker_makes_pictures_where_the_main_process_reads_them(
 
 def test_the_number_of_workers_does_not_change_a_batch(coco: CocoDataset) -> None:
     alone = run_of(coco, workers=0)
-    assert len({tuple(batch.images.shape) for batch in alone}) > 1, "scales must vary for this to say something"
-    torch.manual_seed(3)  # nor does the state of anyone's random numbers
+    assert len({tuple(batch.images.shape) for batch in alone}) > 1, "the test needs varying scales"
+    torch.manual_seed(3)  # nor does the state of global random generators
     np.random.seed(4)
     assert_equal(run_of(coco, workers=1), alone)
     assert_equal(run_of(coco, workers=4), alone)
@@ -99,7 +102,7 @@ def test_an_image_looks_different_in_every_epoch_and_for_every_seed(coco: CocoDa
 
 
 def test_mirroring_is_a_fair_coin_independent_of_the_augmentation(coco: CocoDataset) -> None:
-    """`data.hflip` and a HorizontalFlip of the pipeline must not agree, or else no picture is ever mirrored."""
+    """`data.hflip` and a HorizontalFlip of the pipeline must not agree, or no image is ever mirrored."""
     once = Augmentation(({"HorizontalFlip": {"p": 0.5}},), min_visibility=0.0)
     plain = DetectionDataset(coco, max_size=96)[key()].image
     by_hflip = DetectionDataset(coco, max_size=96, hflip=0.5)
@@ -111,7 +114,7 @@ def test_mirroring_is_a_fair_coin_independent_of_the_augmentation(coco: CocoData
     assert np.abs(counts - 50).max() < 28, counts  # 4.5 standard deviations
 
 
-def test_a_mirrored_picture_has_mirrored_boxes(coco: CocoDataset) -> None:
+def test_a_mirrored_image_has_mirrored_boxes(coco: CocoDataset) -> None:
     plain, mirrored = (DetectionDataset(coco, max_size=96, hflip=p)[key()] for p in (0.0, 1.0))
     width = plain.image.shape[1]
     assert np.array_equal(mirrored.image, plain.image[:, ::-1])
@@ -119,7 +122,7 @@ def test_a_mirrored_picture_has_mirrored_boxes(coco: CocoDataset) -> None:
     assert np.array_equal(mirrored.objects.labels, plain.objects.labels)
 
 
-def test_boxes_and_ignore_regions_are_scaled_with_their_picture(tmp_path: Path) -> None:
+def test_boxes_and_ignore_regions_are_scaled_with_their_image(tmp_path: Path) -> None:
     annotations = write_coco(tmp_path / "set.json", 1, seed=0, sizes=[(100, 200)])
     content = json.loads(annotations.read_text())
     content["annotations"] = [
@@ -128,16 +131,16 @@ def test_boxes_and_ignore_regions_are_scaled_with_their_picture(tmp_path: Path) 
     ]
     annotations.write_text(json.dumps(content))
     sample = DetectionDataset(opened(annotations), max_size=100)[key(min_size=64)]
-    assert sample.image.shape == (50, 100, 3), "the long side binds"
+    assert sample.image.shape == (50, 100, 3), "the long side decides"
     assert sample.original_size == (100, 200)
     assert sample.objects.boxes.tolist() == [[10, 5, 30, 20]]
     assert sample.objects.ignore_boxes.tolist() == [[50, 25, 100, 50]]
 
 
-def test_a_picture_that_augmentation_made_too_large_for_its_step_is_shrunk_to_fit(coco: CocoDataset) -> None:
-    turned = Augmentation(({"Transpose": {"p": 1.0}},), min_visibility=0.0)
-    dataset = DetectionDataset(coco, max_size=96, augmentation=turned)
-    sample = dataset[key(canvas=(64, 96))]  # picture 0 is landscape and is made upright
+def test_an_image_that_augmentation_made_too_large_for_its_step_is_shrunk_to_fit(coco: CocoDataset) -> None:
+    transpose = Augmentation(({"Transpose": {"p": 1.0}},), min_visibility=0.0)
+    dataset = DetectionDataset(coco, max_size=96, augmentation=transpose)
+    sample = dataset[key(canvas=(64, 96))]  # image 0 is landscape and becomes portrait
     assert sample.image.shape[0] <= 64
     assert sample.image.shape[1] <= 96
     assert (sample.objects.boxes[:, 2:] <= [sample.image.shape[1] + 1e-3, sample.image.shape[0] + 1e-3]).all()
@@ -145,7 +148,7 @@ def test_a_picture_that_augmentation_made_too_large_for_its_step_is_shrunk_to_fi
 
 def sample(height: int, width: int, num_objects: int, num_ignored: int = 0) -> Sample:
     rng = np.random.default_rng(num_objects)
-    objects = EMPTY._replace(
+    objects = NO_OBJECTS._replace(
         boxes=rng.random((num_objects, 4), np.float32),
         labels=np.arange(num_objects),
         ignore_boxes=rng.random((num_ignored, 4), np.float32) + 1,
@@ -154,7 +157,7 @@ def sample(height: int, width: int, num_objects: int, num_ignored: int = 0) -> S
     return Sample(image, (height, width), objects, 10 + num_objects, (height * 2, width * 2), key(num_objects))
 
 
-def test_pictures_are_padded_with_zeros_at_the_right_and_bottom() -> None:
+def test_images_are_padded_with_zeros_at_the_right_and_bottom() -> None:
     samples = [sample(100, 128, 2, 1), sample(128, 60, 0), sample(3, 5, 4)]
     batch = collate(samples)
     assert batch.images.shape == (3, 3, 128, 128)
@@ -171,12 +174,12 @@ def test_pictures_are_padded_with_zeros_at_the_right_and_bottom() -> None:
 
 
 @pytest.mark.parametrize(("fullest", "length"), [(1, 8), (8, 8), (9, 16), (100, 128)])
-def test_targets_are_padded_to_a_power_of_two_that_holds_the_fullest_image(fullest: int, length: int) -> None:
+def test_targets_are_padded_to_a_power_of_two_that_fits_the_image_with_most_objects(fullest: int, length: int) -> None:
     targets = collate([sample(10, 10, 0), sample(10, 10, fullest)]).targets
     assert targets.labels.tolist() == [[-1] * length, [*range(fullest), *[-1] * (length - fullest)]]
 
 
-def test_padding_of_targets_is_no_object() -> None:
+def test_the_padding_of_targets_is_no_object() -> None:
     samples = [sample(10, 10, 2, 1), sample(10, 10, 0), sample(10, 10, 4)]
     targets = collate(samples).targets
     assert targets.boxes.shape == (3, 8, 4)
@@ -191,7 +194,7 @@ def test_padding_of_targets_is_no_object() -> None:
 
 def test_a_batch_without_objects_has_empty_targets() -> None:
     targets = collate([sample(10, 10, 0)]).targets
-    assert [tuple(t.shape) for t in targets] == [(1, 0, 4), (1, 0), (1, 0, 4)]
+    assert [None if t is None else tuple(t.shape) for t in targets] == [(1, 0, 4), (1, 0), (1, 0, 4), None, None]
 
 
 def test_a_filler_is_black_and_ignored_everywhere(coco: CocoDataset) -> None:
@@ -208,12 +211,12 @@ def test_a_filler_is_black_and_ignored_everywhere(coco: CocoDataset) -> None:
 
 
 @pytest.mark.parametrize("damage", ["removed", "cut", "text"])
-def test_a_picture_that_can_no_longer_be_read_is_named_or_replaced_by_a_filler(
+def test_an_image_that_can_no_longer_be_read_is_named_or_replaced_by_a_filler(
     damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     annotations = write_coco(tmp_path / "set.json", 2, seed=0)
     coco = opened(annotations)
-    path = coco.path(1)
+    path = Path(coco.describe(1))
     if damage == "removed":
         path.unlink()
     else:
@@ -225,13 +228,14 @@ def test_a_picture_that_can_no_longer_be_read_is_named_or_replaced_by_a_filler(
     skipping = DetectionDataset(coco, max_size=96, skip_unreadable=True)
     for _ in range(2):
         replaced = skipping[key(1)]
-        assert (replaced.image_id, replaced.key.index, unreadable(replaced.key.index)) == (-1, -3, 1)
-    assert capsys.readouterr().err.count("0020.png") == 1, "told once"
+        assert replaced.image_id == -1
+        assert unreadable_images(collate([skipping[key(0)], replaced, skipping[key(-1)]])) == [1]
+    assert capsys.readouterr().err.count("0020.png") == 1, "one warning"
 
 
 def test_an_error_in_a_worker_keeps_its_kind_and_names_the_file(tmp_path: Path) -> None:
     coco = opened(write_coco(tmp_path / "set.json", 2, seed=0))
-    coco.path(1).write_bytes(b"")
+    Path(coco.describe(1)).write_bytes(b"")
     loader = build_loader(DetectionDataset(coco, max_size=96), [[key(0)], [key(1)]], num_workers=1)
     with pytest.raises(ImageError, match=r"0020\.png"):
         list(loader)
@@ -241,8 +245,8 @@ def test_an_error_in_a_worker_keeps_its_kind_and_names_the_file(tmp_path: Path) 
 FAILS_WITH_A_LIVING_LOADER = """
 import sys
 from pathlib import Path
-from detector.datasets.coco import read_coco
 from detector.datasets.loader import DetectionDataset, build_loader
+from detector.datasets.opening import read_coco
 from detector.datasets.sampling import SampleKey
 coco = read_coco(Path(sys.argv[1]), Path(sys.argv[2]), verify="none", progress=False)
 keys = [[SampleKey(0, 0, 64, (128, 128))]] * 50
@@ -252,9 +256,10 @@ raise RuntimeError("something else went wrong")
 """
 
 
-def test_a_process_that_fails_with_workers_at_work_ends(coco: CocoDataset) -> None:
-    """They ignore SIGTERM, by which Python would end them before it ends itself."""
-    command = [sys.executable, "-c", FAILS_WITH_A_LIVING_LOADER, str(coco.annotations), str(coco.images)]
+def test_a_process_that_fails_while_workers_run_ends(coco: CocoDataset) -> None:
+    """The workers ignore SIGTERM, by which Python would end them before it ends itself."""
+    images = str(images_of(coco.annotations))
+    command = [sys.executable, "-c", FAILS_WITH_A_LIVING_LOADER, str(coco.annotations), images]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=REPO)
     assert done.returncode == 1
     assert "something else went wrong" in done.stderr
@@ -263,20 +268,20 @@ def test_a_process_that_fails_with_workers_at_work_ends(coco: CocoDataset) -> No
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of private memory")
 def test_the_memory_of_workers_does_not_grow_while_they_read_a_large_dataset(tmp_path: Path) -> None:
-    """Python objects would be copied into every worker as they are touched: with these 400,000 annotations as dicts each
-    worker grew by 35 MB, as it is by 0.2."""
+    """Python objects would be copied into every worker when they are accessed: with these 400,000 annotations as dicts,
+    each worker grew by 35 MB; with arrays, by 0.2."""
     annotations = write_coco(tmp_path / "large.json", 1, seed=0, sizes=((64, 64),))
     content = json.loads(annotations.read_text())
-    picture = images_of(annotations) / content["images"][0]["file_name"]
+    image = images_of(annotations) / content["images"][0]["file_name"]
     box = {"category_id": 7, "bbox": [1, 1, 20, 20], "area": 400, "iscrowd": 0}
     content["images"], content["annotations"] = [], []
     for i in range(20_000):
-        (images_of(annotations) / f"{i}.png").hardlink_to(picture)
+        (images_of(annotations) / f"{i}.png").hardlink_to(image)
         content["images"].append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 64})
         content["annotations"] += [{**box, "id": 20 * i + k, "image_id": i} for k in range(20)]
     annotations.write_text(json.dumps(content))
-    # in a process of its own: where this one writes to memory that it shares with a worker, the worker is left with the only copy
-    # of what was there, which looks as if it had grown
+    # In another process: where this one writes to memory that it shares with a worker, the worker keeps the only copy
+    # of the old content, which looks as if it had grown.
     command = [sys.executable, "-c", WATCHES_ITS_WORKERS, str(annotations), str(images_of(annotations))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPO, check=True)
     grown = json.loads(done.stdout)
@@ -287,11 +292,11 @@ def test_the_memory_of_workers_does_not_grow_while_they_read_a_large_dataset(tmp
 WATCHES_ITS_WORKERS = """
 import json, multiprocessing, sys
 from pathlib import Path
-from detector.datasets.coco import read_coco
 from detector.datasets.loader import DetectionDataset, build_loader
+from detector.datasets.opening import read_coco
 from detector.datasets.sampling import SampleKey
 
-def private_bytes(pid):  # memory that it shares with no other
+def private_bytes(pid):  # memory that is not shared with other processes
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
 
@@ -315,7 +320,7 @@ def test_a_batch_survives_pickling_and_moving(coco: CocoDataset) -> None:
         assert_equal([copy], [batch])
 
 
-def test_copies_of_a_picture_are_augmented_each_in_its_own_way(coco: CocoDataset) -> None:
+def test_copies_of_an_image_are_augmented_differently(coco: CocoDataset) -> None:
     augmentation = Augmentation(({"RandomBrightnessContrast": {"p": 1.0}},), min_visibility=0.3)
     dataset = DetectionDataset(coco, max_size=96, augmentation=augmentation)
     seen = [dataset[key(copy=copy)].image.tobytes() for copy in (0, 1, 2, 0, 1)]
@@ -325,8 +330,8 @@ def test_copies_of_a_picture_are_augmented_each_in_its_own_way(coco: CocoDataset
     assert len({mirrored[key(copy=copy)].image.tobytes() for copy in range(12)}) == 2
 
 
-def test_pictures_left_to_the_device_come_out_as_if_resized_by_the_loader(coco: CocoDataset) -> None:
-    """Same boxes, sizes and canvas; pixels as two ways of resizing differ; mirrored alike."""
+def test_images_resized_on_the_device_agree_with_those_resized_by_the_loader(coco: CocoDataset) -> None:
+    """The same boxes, sizes, canvas and mirroring; pixels differ by as much as the two implementations."""
     keys = [[key(0), key(1), key(-1)]]
     for hflip in (0.0, 1.0):
         left = DetectionDataset(coco, max_size=96, resize="float_bilinear", hflip=hflip)

@@ -1,4 +1,4 @@
-"""Which images make up which step: once each, the same for everyone, from anywhere in the run."""
+"""The images of each step: each once per epoch, the same for all processes, from any step of the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from detector.datasets.transforms import padded_size, resized_size
 
 
 def planner(num_images: int = 23, batch_size: int = 4, **changes: Any) -> StepPlanner:
-    """Of pictures of three shapes in turn: landscape, portrait, square."""
+    """A planner of images of three alternating shapes: landscape, portrait, square."""
     shapes = np.array([(300, 400), (400, 300), (200, 200)])
     arguments: dict[str, Any] = {
         "min_sizes": (100, 200, 300), "max_size": 500, "pad": "multiple_128", "aspect_ratio_grouping": False, "seed": 3,
@@ -41,7 +41,7 @@ def steps_of(sampler: TrainSampler) -> list[list[list[SampleKey]]]:
     return steps
 
 
-def real(micro_batches: list[list[SampleKey]]) -> list[SampleKey]:
+def without_fillers(micro_batches: list[list[SampleKey]]) -> list[SampleKey]:
     return [key for micro_batch in micro_batches for key in micro_batch if key.index >= 0]
 
 
@@ -59,7 +59,7 @@ def test_an_epoch_holds_every_image_exactly_once_and_keeps_the_partial_batch(
     assert len(full) >= len(steps) - 1
 
 
-def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
+def test_the_order_depends_on_seed_and_epoch_only() -> None:
     def order(seed: int, epoch: int, plan: StepPlanner | None = None) -> list[int]:
         plan = plan or planner(seed=seed)
         return [int(i) for step in plan.epoch(epoch) for i in step]
@@ -113,20 +113,20 @@ def test_processes_and_micro_batches_partition_the_step_and_change_no_sample(
     plan = planner(23, 4, aspect_ratio_grouping=grouped)
     total = 2 * plan.steps_per_epoch
     alone = steps_of(TrainSampler(plan, 0, total))
-    everyone = [
+    all_ranks = [
         steps_of(TrainSampler(plan, 0, total, micro_batch=micro_batch, rank=r, world_size=world_size))
         for r in range(world_size)
     ]
-    for whole, *parts in zip(alone, *everyone, strict=True):
-        together = [key for part in parts for key in real(part)]
-        assert sorted(together) == sorted(real(whole))
-        assert len({len(part) for part in parts}) == 1, "every process must make the same number of passes"
+    for whole, *parts in zip(alone, *all_ranks, strict=True):
+        together = [key for part in parts for key in without_fillers(part)]
+        assert sorted(together) == sorted(without_fillers(whole))
+        assert len({len(part) for part in parts}) == 1, "every process must run the same number of forward passes"
         if micro_batch is not None:
             assert max(len(batch) for part in parts for batch in part) <= micro_batch
         for part in parts:
-            assert all(part), "no pass without a picture"
+            assert all(part), "no forward pass without an image"
             assert {key.canvas for batch in part for key in batch} == {whole[0][0].canvas}
-            assert len(real(part)) in (len(together) // world_size, -(-len(together) // world_size))
+            assert len(without_fillers(part)) in (len(together) // world_size, -(-len(together) // world_size))
 
 
 def test_a_process_without_images_gets_a_filler() -> None:
@@ -161,60 +161,58 @@ def test_evaluation_sees_every_image_once_in_batches_of_one_padded_shape(num_ima
             assert key.canvas == alone, "padded as if it were alone"
 
 
-# ---- pictures of rare classes more often --------------------------------------------------------------------------
-
-# Of six pictures: the first has classes 0 and 2, the next three class 0 only, the fifth class 1 twice, the last none.
-PICTURES = np.array([0, 0, 1, 2, 3, 4, 4])
+# Of six images: the first has classes 0 and 2, the next three class 0 only, the fifth class 1 twice, the last none.
+IMAGES = np.array([0, 0, 1, 2, 3, 4, 4])
 LABELS = np.array([0, 2, 0, 0, 0, 1, 1])
 
 
 def test_repeat_factors_are_lvis() -> None:
-    """Shares of pictures: class 0 in 4 of 6, classes 1 and 2 in 1 of 6."""
-    found = repeat_factors(PICTURES, LABELS, 6, threshold=0.5)
+    """Shares of images: class 0 in 4 of 6, classes 1 and 2 in 1 of 6."""
+    found = repeat_factors(IMAGES, LABELS, 6, threshold=0.5)
     rare = np.sqrt(0.5 / (1 / 6))
     np.testing.assert_allclose(found, [rare, 1, 1, 1, rare, 1])
-    assert (repeat_factors(PICTURES, LABELS, 6, threshold=1e-9) == 1).all()
-    assert repeat_factors(PICTURES[:0], LABELS[:0], 3, threshold=0.5).tolist() == [1, 1, 1]
+    assert (repeat_factors(IMAGES, LABELS, 6, threshold=1e-9) == 1).all()
+    assert repeat_factors(IMAGES[:0], LABELS[:0], 3, threshold=0.5).tolist() == [1, 1, 1]
 
 
-def test_balanced_factors_ask_for_every_class_equally_often() -> None:
-    found = balanced_factors(PICTURES, LABELS, 6)
+def test_balanced_factors_draw_every_class_equally_often() -> None:
+    found = balanced_factors(IMAGES, LABELS, 6)
     third = 5 / 3
     np.testing.assert_allclose(found, [third + third / 4, third / 4, third / 4, third / 4, third, 1])
     assert found.sum() == pytest.approx(6)
-    assert balanced_factors(PICTURES[:0], LABELS[:0], 3).tolist() == [1, 1, 1]
+    assert balanced_factors(IMAGES[:0], LABELS[:0], 3).tolist() == [1, 1, 1]
 
 
 @given(st.lists(st.floats(0, 4), min_size=1, max_size=40), st.integers(0, 1000), st.integers(1, 9))
 @settings(max_examples=100, deadline=None)
-def test_every_epoch_has_its_length_and_no_picture_comes_once_too_often(
+def test_all_epochs_have_the_same_length_and_repetitions_differ_from_the_factor_by_less_than_one(
     factors: list[float], seed: int, batch_size: int
 ) -> None:
     array = np.array(factors)
     if round(array.sum()) == 0:
         array[0] += 1
     plan = planner(len(array), batch_size, seed=seed, factors=array)
-    assert plan.pictures_per_epoch == round(array.sum())
-    exact = array * plan.pictures_per_epoch / array.sum()
+    assert plan.images_per_epoch == round(array.sum())
+    exact = array * plan.images_per_epoch / array.sum()
     for epoch in range(3):
         entries = np.concatenate(plan.epoch(epoch))
         assert len(plan.epoch(epoch)) == plan.steps_per_epoch
-        assert len(entries) == plan.pictures_per_epoch
-        assert len(np.unique(entries)) == len(entries), "copies are told apart"
+        assert len(entries) == plan.images_per_epoch
+        assert len(np.unique(entries)) == len(entries), "copies are distinguishable"
         times = np.bincount(entries % len(array), minlength=len(array))
         assert (np.abs(times - exact) < 1 + 1e-6).all()
         copies = [sorted(entries[entries % len(array) == i] // len(array)) for i in range(len(array))]
         assert all(c == list(range(len(c))) for c in copies)
 
 
-def test_over_many_epochs_pictures_come_as_often_as_their_factors_say() -> None:
+def test_over_many_epochs_the_average_repetitions_equal_the_factors() -> None:
     factors = np.array([0.5, 1.0, 2.25, 1.25, 1.0])
     plan = planner(5, 2, factors=factors)
     times = sum(np.bincount(np.concatenate(plan.epoch(e)) % 5, minlength=5) for e in range(2000))
     np.testing.assert_allclose(times / 2000, factors, atol=0.05)
 
 
-def test_what_is_drawn_depends_on_seed_and_epoch_only_and_copies_are_named() -> None:
+def test_repetitions_depend_on_seed_and_epoch_only_and_copies_are_numbered() -> None:
     factors = np.array([3.0, 1.0, 1.0])
     one, other = (planner(3, 5, factors=factors, seed=4) for _ in range(2))
     assert [e.tolist() for e in one.epoch(7)] == [e.tolist() for e in other.epoch(7)]

@@ -13,33 +13,34 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from detector.datasets.coco import Objects
+from detector.datasets.objects import NO_OBJECTS, Objects
 from detector.datasets.transforms import (
+    View,
     fit_inside,
     mirror,
+    mirror_randomly,
     padded_size,
     resize_batch,
-    resize_picture,
+    resize_image,
+    resize_view,
     resized_size,
-    scale_objects,
 )
 from detector.structures import Unresized
 
-NONE = np.zeros((0, 4), np.float32)
 SIDES = st.integers(1, 3000)
 
 
-def painted(box: tuple[int, int, int, int], size: tuple[int, int] = (60, 90)) -> tuple[np.ndarray, Objects]:
-    """A black picture with a white rectangle, which is both an object and an ignore region."""
+def painted(box: tuple[int, int, int, int], size: tuple[int, int] = (60, 90)) -> View:
+    """A black image with a white rectangle, which is both an object and an ignore region."""
     image = np.zeros((*size, 3), np.uint8)
     x1, y1, x2, y2 = box
     image[y1:y2, x1:x2] = 255
     boxes = np.array([box], np.float32)
-    return image, Objects(boxes, np.array([1]), boxes)
+    return View(image, size, Objects(boxes, np.array([1]), boxes, {"ids": np.array([17])}))
 
 
-def paint(image: np.ndarray) -> list[int]:
-    """The box of what is white."""
+def white_box(image: np.ndarray) -> list[int]:
+    """The box around the white pixels."""
     ys, xs = np.nonzero(image[..., 0] > 127)
     return [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
 
@@ -61,7 +62,7 @@ def test_the_short_side_is_scaled_unless_the_long_side_would_be_too_long(
 
 
 @given(height=SIDES, width=SIDES, min_size=st.integers(16, 900))
-def test_a_resized_picture_keeps_its_shape_and_its_bounds(height: int, width: int, min_size: int) -> None:
+def test_a_resized_image_keeps_its_aspect_ratio_and_its_bounds(height: int, width: int, min_size: int) -> None:
     new = resized_size((height, width), min_size=min_size, max_size=1333)
     assert max(new) <= 1333
     assert min(new) <= min_size
@@ -72,7 +73,9 @@ def test_a_resized_picture_keeps_its_shape_and_its_bounds(height: int, width: in
 
 
 @given(height=SIDES, width=SIDES, canvas=st.tuples(SIDES, SIDES))
-def test_what_is_made_to_fit_fits_and_is_never_enlarged(height: int, width: int, canvas: tuple[int, int]) -> None:
+def test_an_image_fitted_to_a_canvas_fits_and_is_never_enlarged(
+    height: int, width: int, canvas: tuple[int, int]
+) -> None:
     new = fit_inside((height, width), canvas)
     assert new[0] <= min(canvas[0], height)
     assert new[1] <= min(canvas[1], width)
@@ -90,25 +93,29 @@ def test_padding_rounds_up_to_the_next_multiple(height: int, width: int) -> None
             assert 0 <= new - side < multiple
 
 
-def test_a_picture_of_the_right_size_is_not_touched() -> None:
-    image, _ = painted((10, 10, 20, 20))
-    assert resize_picture(image, (60, 90), "area") is image
+def test_an_image_of_the_right_size_is_not_copied() -> None:
+    view = painted((10, 10, 20, 20))
+    assert resize_image(view.image, (60, 90), "area") is view.image
 
 
 @pytest.mark.parametrize("size", [(120, 180), (30, 45), (61, 91), (40, 90)])
-def test_resized_boxes_lie_where_the_resized_paint_is(size: tuple[int, int]) -> None:
-    image, objects = painted((12, 18, 60, 48))
-    scaled = scale_objects(objects, (60, 90), size)
-    at = np.array(paint(resize_picture(image, size, "area")))
-    assert np.abs(scaled.boxes[0] - at).max() <= 1
-    assert np.array_equal(scaled.ignore_boxes, scaled.boxes)
-    assert scaled.labels.tolist() == [1]
+def test_resized_boxes_bound_the_resized_rectangle(size: tuple[int, int]) -> None:
+    view = painted((12, 18, 60, 48))
+    resized = resize_view(view, size, "area")
+    assert resized.size == resized.image.shape[:2] == size
+    assert np.abs(resized.objects.boxes[0] - white_box(resized.image)).max() <= 1
+    assert np.array_equal(resized.objects.ignore_boxes, resized.objects.boxes)
+    assert resized.objects.labels.tolist() == [1]
+    assert resized.objects.extras["ids"].tolist() == [17]
+    left = resize_view(view, size, "float_bilinear")
+    assert left.image is view.image
+    assert np.array_equal(left.objects.boxes, resized.objects.boxes)
 
 
-def test_shrinking_takes_the_mean_of_what_it_merges() -> None:
+def test_shrinking_averages_the_pixels_that_it_merges() -> None:
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 200
-    assert np.abs(resize_picture(stripes, (16, 16), "area").astype(int) - 100).max() <= 1, (
+    assert np.abs(resize_image(stripes, (16, 16), "area").astype(int) - 100).max() <= 1, (
         "stripes must average, not alias"
     )
 
@@ -122,25 +129,25 @@ def test_torchvisions_sizes_are_rounded_down(height: int, width: int, min_size: 
     assert new == (max(1, expected[0]), max(1, expected[1]))
 
 
-def test_each_rule_is_that_of_its_library() -> None:
+def test_each_resize_rule_equals_its_library() -> None:
     image = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
     for size in ((20, 29), (74, 106), (30, 60)):
         by_pillow = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
         by_opencv = cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-        assert np.array_equal(resize_picture(image, size, "pil_bilinear"), by_pillow)
-        assert np.array_equal(resize_picture(image, size, "cv2_bilinear"), by_opencv)
+        assert np.array_equal(resize_image(image, size, "pil_bilinear"), by_pillow)
+        assert np.array_equal(resize_image(image, size, "cv2_bilinear"), by_opencv)
 
 
 def test_a_batch_resized_on_the_device_is_torchvisions() -> None:
-    """By the class that torchvision's detectors use; with means and deviations that change nothing."""
+    """Compared with the class that torchvision's detectors use, with means and deviations that change nothing."""
     rng = np.random.default_rng(1)
-    pictures = [torch.from_numpy(rng.integers(0, 256, (3, *s), dtype=np.uint8)) for s in ((40, 61), (55, 30), (64, 64))]
+    images = [torch.from_numpy(rng.integers(0, 256, (3, *s), dtype=np.uint8)) for s in ((40, 61), (55, 30), (64, 64))]
     transform = GeneralizedRCNNTransform(48, 70, [0.0] * 3, [1.0] * 3, size_divisible=32)
-    expected, _ = transform([p.float() for p in pictures])
+    expected, _ = transform([image.float() for image in images])
     canvas = np.zeros((3, 3, 64, 64), np.uint8)
-    for place, picture in zip(canvas, pictures, strict=True):
-        place[:, : picture.shape[1], : picture.shape[2]] = picture
-    sizes = [(p.shape[1], p.shape[2]) for p in pictures]
+    for place, image in zip(canvas, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
     resized = [resized_size(s, min_size=48, max_size=70, resize="float_bilinear") for s in sizes]
     assert resized == expected.image_sizes
     largest = (max(h for h, _ in resized), max(w for _, w in resized))
@@ -150,18 +157,25 @@ def test_a_batch_resized_on_the_device_is_torchvisions() -> None:
     assert (found - expected.tensors).abs().max() < 1e-3  # of 255
 
 
-def test_mirrored_boxes_lie_where_the_mirrored_paint_is() -> None:
-    image, objects = painted((12, 18, 60, 48))
-    turned, moved = mirror(image, objects, width=90)
-    assert moved.boxes.tolist() == [paint(turned)]
-    assert moved.ignore_boxes.tolist() == [paint(turned)]
-    again, back = mirror(turned, moved, width=90)
-    assert np.array_equal(again, image)
-    assert np.array_equal(back.boxes, objects.boxes)
+def test_mirrored_boxes_bound_the_mirrored_rectangle() -> None:
+    view = painted((12, 18, 60, 48))
+    mirrored = mirror(view)
+    assert mirrored.objects.boxes.tolist() == [white_box(mirrored.image)]
+    assert mirrored.objects.ignore_boxes.tolist() == [white_box(mirrored.image)]
+    assert mirrored.objects.extras["ids"].tolist() == [17]
+    again = mirror(mirrored)
+    assert np.array_equal(again.image, view.image)
+    assert np.array_equal(again.objects.boxes, view.objects.boxes)
 
 
-def test_pictures_without_objects_are_transformed_too() -> None:
-    image = np.zeros((10, 20, 3), np.uint8)
-    objects = Objects(NONE, np.zeros(0, np.int64), NONE)
-    assert mirror(image, objects, width=20)[1].boxes.shape == (0, 4)
-    assert scale_objects(objects, (10, 20), (30, 60)).ignore_boxes.shape == (0, 4)
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_images_are_mirrored_with_the_given_probability(probability: float) -> None:
+    view, rng = painted((12, 18, 60, 48)), np.random.default_rng(0)
+    times = sum(mirror_randomly(view, rng, probability=probability) is not view for _ in range(400))
+    assert abs(times - 400 * probability) < 4.5 * math.sqrt(400 * probability * (1 - probability)) + 1e-9
+
+
+def test_images_without_objects_are_transformed_too() -> None:
+    view = View(np.zeros((10, 20, 3), np.uint8), (10, 20), NO_OBJECTS)
+    assert mirror(view).objects.boxes.shape == (0, 4)
+    assert resize_view(view, (30, 60), "area").objects.ignore_boxes.shape == (0, 4)

@@ -1,10 +1,12 @@
-"""COCO's numbers: against the published ones, against pycocotools on the files themselves, and the engines compared."""
+"""COCO's numbers: against the published ones, against pycocotools on the original files, and the engines compared."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +19,11 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detector.errors import ResultsError
-from detector.evaluation.coco_metrics import (
-    CocoResults,
-    Metrics,
-    detections_to_results,
-    evaluate,
-    ground_truth_warnings,
-    load_results,
-    write_results,
-)
+from detector.errors import ResultsError, RunError, UserError
+from detector.evaluation.coco_metrics import Metrics, evaluate, ground_truth_warnings
+from detector.evaluation.coco_results import CocoResults, detections_to_results, load_results, write_results
 from detector.structures import Categories, Detections, GroundTruth
+from tests.tiny import REPO
 
 Engine = Literal["hotcoco", "pycocotools"]
 ENGINES: tuple[Engine, ...] = ("hotcoco", "pycocotools")
@@ -66,7 +62,7 @@ def make_results(found: list[tuple[int, int, list[float], float]]) -> CocoResult
 
 
 def read_ground_truth(path: Path, most_images: int | None = None) -> GroundTruth:
-    """The file's annotations as they stand, less boxes without size; of many images a few, those with crowds first."""
+    """The file's annotations without zero-size boxes; of many images a few, those with crowds first."""
     file = json.loads(path.read_text())
     crowded = {a["image_id"] for a in file["annotations"] if a["iscrowd"]}
     image_ids = sorted((i["id"] for i in file["images"]), key=lambda i: (i not in crowded, i * 7919 % 1000))
@@ -83,7 +79,7 @@ def read_ground_truth(path: Path, most_images: int | None = None) -> GroundTruth
 
 
 def imitate_detector(gt: GroundTruth, seed: int) -> CocoResults:
-    """Jittered objects, some missed, doubled or called another class, with scores that tie; crowds filled; nonsense."""
+    """Jittered objects, some missed, duplicated or misclassified, with tied scores; filled crowds; random boxes."""
     rng = np.random.default_rng(seed)
     copies = rng.choice([0, 1, 1, 1, 2], len(gt.areas)) + 4 * gt.iscrowd
     source = rng.permutation(np.repeat(np.arange(len(gt.areas)), copies))
@@ -92,20 +88,20 @@ def imitate_detector(gt: GroundTruth, seed: int) -> CocoResults:
     inside = gt.iscrowd[source]
     boxes[inside, 2:] *= 0.3
     other = rng.choice(gt.categories.ids, len(source))
-    nonsense = len(gt.image_ids)
+    random_boxes = len(gt.image_ids)
     found = CocoResults(
-        np.concatenate([gt.ann_image_ids[source], rng.choice(gt.image_ids, nonsense)]),
+        np.concatenate([gt.ann_image_ids[source], rng.choice(gt.image_ids, random_boxes)]),
         np.concatenate(
             [
                 np.where(rng.random(len(source)) < 0.1, other, gt.ann_category_ids[source]),
-                rng.choice(gt.categories.ids, nonsense),
+                rng.choice(gt.categories.ids, random_boxes),
             ]
         ).astype(np.int64),
-        np.abs(np.concatenate([boxes, rng.uniform(0, 300, (nonsense, 4))])),
-        np.round(rng.random(len(source) + nonsense), 2),
+        np.abs(np.concatenate([boxes, rng.uniform(0, 300, (random_boxes, 4))])),
+        np.round(rng.random(len(source) + random_boxes), 2),
     )
-    silent = rng.choice(gt.image_ids, len(gt.image_ids) // 10)  # images where nothing is found
-    keep = ~np.isin(found.image_ids, silent)
+    empty = rng.choice(gt.image_ids, len(gt.image_ids) // 10)  # images without detections
+    keep = ~np.isin(found.image_ids, empty)
     return CocoResults(found.image_ids[keep], found.category_ids[keep], found.boxes[keep], found.scores[keep])
 
 
@@ -138,36 +134,36 @@ def test_reference_sets_give_the_published_numbers(reference: Path, engine: Engi
             assert {k: round(v, 6) for k, v in values.items()} != fingerprint
 
 
-@pytest.mark.parametrize("mistake", ["crowds dropped", "crowds as normal boxes", "area = w*h"])
+@pytest.mark.parametrize("interpretation", ["crowds dropped", "crowds as normal boxes", "area = w*h"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_wrong_reading_of_the_ground_truth_shows_in_the_numbers(
-    reference: Path, engine: Engine, mistake: str
+def test_a_wrong_interpretation_of_the_ground_truth_changes_the_numbers(
+    reference: Path, engine: Engine, interpretation: str
 ) -> None:
     expected = json.loads((reference / "expected.json").read_text())
     case = expected[REFERENCE_SETS[0]]
     gt = read_ground_truth(reference / case["gt"])
-    keep = ~gt.iscrowd if mistake == "crowds dropped" else np.ones(len(gt.areas), bool)
+    keep = ~gt.iscrowd if interpretation == "crowds dropped" else np.ones(len(gt.areas), bool)
     wrong = GroundTruth(
         gt.categories,
         gt.image_ids,
         gt.ann_image_ids[keep],
         gt.ann_category_ids[keep],
         gt.boxes[keep],
-        (gt.boxes[:, 2] * gt.boxes[:, 3] if mistake == "area = w*h" else gt.areas)[keep],
-        gt.iscrowd[keep] & (mistake != "crowds as normal boxes"),
+        (gt.boxes[:, 2] * gt.boxes[:, 3] if interpretation == "area = w*h" else gt.areas)[keep],
+        gt.iscrowd[keep] & (interpretation != "crowds as normal boxes"),
     )
     values = evaluate(wrong, load_results(reference / case["dt"], gt), engine=engine).values
-    assert {k: round(v, 6) for k, v in values.items()} == expected[f"WRONG: {mistake}"]
+    assert {k: round(v, 6) for k, v in values.items()} == expected[f"WRONG: {interpretation}"]
 
 
 @pytest.mark.parametrize("max_dets", [(1, 10, 100), (3, 50, 100)])
 @pytest.mark.parametrize("name", REFERENCE_SETS)
-def test_numbers_equal_those_of_pycocotools_on_the_files_themselves(
+def test_numbers_equal_those_of_pycocotools_on_the_original_files(
     reference: Path, name: str, max_dets: tuple[int, int, int]
 ) -> None:
     case = json.loads((reference / "expected.json").read_text())[name]
-    truth = COCO(str(reference / case["gt"]))
-    run = COCOeval(truth, truth.loadRes(str(reference / case["dt"])), "bbox")
+    oracle_gt = COCO(str(reference / case["gt"]))
+    run = COCOeval(oracle_gt, oracle_gt.loadRes(str(reference / case["dt"])), "bbox")
     run.params.maxDets = list(max_dets)
     run.evaluate()
     run.accumulate()
@@ -178,12 +174,12 @@ def test_numbers_equal_those_of_pycocotools_on_the_files_themselves(
         metrics = evaluate(gt, load_results(reference / case["dt"], gt), engine=engine, max_dets=max_dets)
         np.testing.assert_allclose(list(metrics.values.values()), run.stats, rtol=0, atol=1e-12)
         assert [c.category_id for c in metrics.per_class] == run.params.catIds
-        assert [c.name for c in metrics.per_class] == [c["name"] for c in truth.loadCats(run.params.catIds)]
+        assert [c.name for c in metrics.per_class] == [c["name"] for c in oracle_gt.loadCats(run.params.catIds)]
         for k, c in enumerate(metrics.per_class):
             curves = run.eval["precision"][:, :, k, 0, -1]
             for ours, oracle in ((c.AP, curves), (c.AP50, curves[0])):
                 assert ours == (np.mean(oracle[oracle > -1]) if (oracle > -1).any() else -1)
-            assert c.num_gt == len(truth.getAnnIds(catIds=[c.category_id], iscrowd=False))
+            assert c.num_gt == len(oracle_gt.getAnnIds(catIds=[c.category_id], iscrowd=False))
         assert list(metrics.values)[6:9] == [f"AR@{m}" for m in max_dets]
 
 
@@ -213,7 +209,7 @@ def test_numbers_equal_those_of_pycocotools_on_the_files_themselves(
 def test_engines_agree_on_imitated_detections_of_every_dataset(shared: Path, file: str) -> None:
     path = shared / "datasets" / file
     if not path.exists():
-        pytest.skip(f"{path} is not here")
+        pytest.skip(f"{path} does not exist")
     gt = read_ground_truth(path, most_images=40)
     for seed, max_dets in enumerate([(1, 10, 100), (2, 4, 8)]):
         metrics = assert_engines_agree(gt, imitate_detector(gt, seed), max_dets)
@@ -224,7 +220,7 @@ def test_engines_agree_on_imitated_detections_of_every_dataset(shared: Path, fil
 def test_engines_agree_on_imitated_detections_of_shapes(split: str) -> None:
     paths = sorted((Path(__file__).parents[2] / "data" / "shapes").rglob(f"*{split}*.json"))
     if not paths:
-        pytest.skip("data/shapes is not here")
+        pytest.skip("data/shapes does not exist")
     for path in paths:
         gt = read_ground_truth(path, most_images=40)
         assert_engines_agree(gt, imitate_detector(gt, 0))
@@ -271,10 +267,10 @@ def test_engines_agree_on_ties_empties_crowds_and_degenerate_boxes(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_nothing_found_scores_zero_where_there_are_objects_and_is_undefined_elsewhere(engine: Engine) -> None:
-    nothing = CocoResults.concatenate([])
+def test_no_detections_score_zero_if_there_are_objects_and_are_undefined_otherwise(engine: Engine) -> None:
+    no_results = CocoResults.concatenate([])
     gt = make_ground_truth([(5, 90, [0.0, 0.0, 40.0, 40.0], 900.0, False)], [5, 6])
-    metrics = evaluate(gt, nothing, engine=engine)
+    metrics = evaluate(gt, no_results, engine=engine)
     assert metrics.values == {
         k: -1 if k in ("AP_medium", "AP_large", "AR_medium", "AR_large") else 0 for k in KEYS
     }  # the area is the published 900, not 40 * 40
@@ -283,8 +279,8 @@ def test_nothing_found_scores_zero_where_there_are_objects_and_is_undefined_else
         ("zero", 0, -1, -1),
         ("ninety", 1, 0, 0),
     ]
-    assert set(evaluate(make_ground_truth([], [5, 6]), nothing, engine=engine).values.values()) == {-1}
-    assert set(evaluate(make_ground_truth([], []), nothing, engine=engine).values.values()) == {-1}
+    assert set(evaluate(make_ground_truth([], [5, 6]), no_results, engine=engine).values.values()) == {-1}
+    assert set(evaluate(make_ground_truth([], []), no_results, engine=engine).values.values()) == {-1}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -309,7 +305,7 @@ def test_detections_equal_to_the_ground_truth_score_one_whatever_the_ids(engine:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_equal_scores_rank_by_image_id_and_then_by_place_in_the_results(engine: Engine) -> None:
+def test_equal_scores_rank_by_image_id_and_then_by_position_in_the_results(engine: Engine) -> None:
     box, elsewhere = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 10.0, 10.0]
     gt = make_ground_truth([(3, 7, box, 100.0, False)], [8, 3])
     across_images = make_results([(8, 7, elsewhere, 0.5), (3, 7, box, 0.5)])
@@ -352,7 +348,7 @@ def test_evaluation_prints_nothing(engine: Engine, capfd: pytest.CaptureFixture[
         ([], [1, 2, 1], [], "image ids of the ground truth must differ, got 1 more than once"),
     ],
 )
-def test_what_the_engines_would_take_differently_is_refused_before(
+def test_input_that_the_engines_treat_differently_is_refused(
     engine: Engine, objects: Any, image_ids: list[int], found: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -375,12 +371,12 @@ def test_max_dets_must_increase(max_dets: tuple[int, int, int]) -> None:
         ([0.0, 0, -1, 1], 0.5, "width and height >= 0, got 1"),
     ],
 )
-def test_results_refuse_what_cannot_be_scored(box: list[float], score: float, message: str) -> None:
+def test_results_that_cannot_be_scored_are_refused(box: list[float], score: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_results([(4, 7, [0.0, 0, 1, 1], 0.5), (4, 7, box, score)])
 
 
-def test_results_refuse_other_shapes_and_types() -> None:
+def test_results_of_other_shapes_and_types_are_refused() -> None:
     ids, boxes, scores = np.zeros(2, np.int64), np.zeros((2, 4)), np.zeros(2)
     with pytest.raises(ValueError, match=r"\(2, 4\), \(1,\)"):
         CocoResults(ids, ids, boxes, scores[:1])
@@ -388,7 +384,7 @@ def test_results_refuse_other_shapes_and_types() -> None:
         CocoResults(ids, ids, boxes.astype(np.float32), scores)
 
 
-def test_detections_become_category_ids_and_xywh() -> None:
+def test_detections_are_converted_to_category_ids_and_xywh() -> None:
     empty = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     assert len(detections_to_results(9, empty, CATEGORIES)) == 0
     found = Detections(torch.tensor([[1.1, 2, 4, 8], [0, 0, 5, 5]]), torch.tensor([0.75, 0.1]), torch.tensor([2, 1]))
@@ -408,7 +404,7 @@ def columns(results: CocoResults) -> list[NDArray[Any]]:
     return [results.image_ids, results.category_ids, results.boxes, results.scores]
 
 
-def test_written_results_read_back_bit_for_bit_here_and_in_pycocotools(tmp_path: Path) -> None:
+def test_written_results_read_back_bit_identical_here_and_in_pycocotools(tmp_path: Path) -> None:
     gt = make_ground_truth([], IMAGE_IDS)
     rng = np.random.default_rng(0)
     n = 200
@@ -434,7 +430,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "detections.json"
     path.write_text("old")
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(RunError, match="no space left"):
         write_results(path, CocoResults.concatenate([]))
     assert path.read_text() == "old"
 
@@ -462,7 +458,7 @@ GOOD = {"image_id": 4, "category_id": 7, "bbox": [1, 2, 3, 4.5], "score": 0.5}
         ([{**GOOD, "category_id": 8}], ["category_id unknown, 1 times: 8 (result 0)", "0, 7, 90"]),
         (
             [{**GOOD, "category_id": i} for i in (0, 1, 2)],
-            ["category_id unknown, 2 times: 1 (result 1), 2 (result 2)", "look like class numbers 0..2"],
+            ["category_id unknown, 2 times: 1 (result 1), 2 (result 2)", "look like class indices 0..2"],
         ),
         ([{**GOOD, "category_id": 1.5}], ["category_id not an integer"]),
         ([{**GOOD, "score": math.nan}], ["score not finite, 1 times: nan"]),
@@ -481,11 +477,11 @@ GOOD = {"image_id": 4, "category_id": 7, "bbox": [1, 2, 3, 4.5], "score": 0.5}
         ),
         (
             [GOOD, {**GOOD, "image_id": 5, "score": math.inf}, {**GOOD, "category_id": 3, "bbox": [0, 0, -1, 1]}],
-            ["3 results with mistakes", "image_id unknown", "score not finite", "category_id unknown", "bbox negative"],
+            ["3 results with problems", "image_id unknown", "score not finite", "category_id unknown", "bbox negative"],
         ),
     ],
 )
-def test_mistakes_in_a_results_file_are_all_told(tmp_path: Path, content: Any, messages: list[str]) -> None:
+def test_all_problems_of_a_results_file_are_reported(tmp_path: Path, content: Any, messages: list[str]) -> None:
     path = tmp_path / "results.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ResultsError) as error:
@@ -495,12 +491,12 @@ def test_mistakes_in_a_results_file_are_all_told(tmp_path: Path, content: Any, m
         assert message in str(error.value)
 
 
-def test_a_missing_results_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_results_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match=r"nowhere\.json must be a readable file"):
         load_results(tmp_path / "nowhere.json", make_ground_truth([], [1]))
 
 
-def test_segmentation_results_are_refused_unless_they_hold_boxes(reference: Path, tmp_path: Path) -> None:
+def test_segmentation_results_without_boxes_are_refused(reference: Path, tmp_path: Path) -> None:
     gt = read_ground_truth(reference / "annotations" / "instances_val2014_100.json")
     with pytest.raises(ResultsError, match="masks without bbox, 734 times"):
         load_results(reference / "instances_val2014_fakesegm100_results.json", gt)
@@ -509,7 +505,7 @@ def test_segmentation_results_are_refused_unless_they_hold_boxes(reference: Path
     assert len(load_results(both, gt)) == 1
 
 
-def test_metrics_read_as_json_and_as_a_table() -> None:
+def test_metrics_are_formatted_as_json_and_as_a_table() -> None:
     objects = [(1, 7, [0.0, 0, 10, 10], 100.0, False), (1, 7, [50.0, 0, 10, 10], 100.0, False)]
     gt = make_ground_truth([*objects, (1, 0, [0.0, 0, 99, 99], 9801.0, True)], [1])
     metrics = evaluate(gt, make_results([(1, 7, [0.0, 0, 10, 10], 0.5)]))
@@ -532,21 +528,42 @@ def test_metrics_read_as_json_and_as_a_table() -> None:
     assert len({len(line) for line in lines[-4:]}) == 1
 
 
-def test_warnings_tell_what_caps_the_metric_or_leaves_it_undefined() -> None:
-    def holding(counts: dict[int, int], crowds: int = 0) -> GroundTruth:
+def test_annotations_that_cap_the_metric_or_leave_it_undefined_are_warned_of() -> None:
+    def with_objects(counts: dict[int, int], crowds: int = 0) -> GroundTruth:
         objects = [(1, c, [0.0, 0, 9, 9], 81.0, False) for c, n in counts.items() for _ in range(n)]
         return make_ground_truth([*objects, *[(1, 7, [0.0, 0, 9, 9], 81.0, True)] * crowds], [1, 2])
 
-    assert ground_truth_warnings(holding({}, crowds=3), (1, 2, 3)) == [
+    assert ground_truth_warnings(with_objects({}, crowds=3), (1, 2, 3)) == [
         "none of the 2 images holds an object: every metric is undefined (-1)"
     ]
-    assert ground_truth_warnings(holding({7: 3, 0: 3, 90: 3}, crowds=9), (1, 2, 9)) == []
-    (dense,) = ground_truth_warnings(holding({7: 1, 0: 4, 90: 1}), (1, 2, 3))
+    assert ground_truth_warnings(with_objects({7: 3, 0: 3, 90: 3}, crowds=9), (1, 2, 9)) == []
+    (dense,) = ground_truth_warnings(with_objects({7: 1, 0: 4, 90: 1}), (1, 2, 3))
     assert dense.startswith("1 images hold more than 3 objects of one class (up to 4)")
     assert "eval.max_dets" in dense
-    (full,) = ground_truth_warnings(holding({7: 3, 0: 3, 90: 1}), (1, 2, 3))
+    (full,) = ground_truth_warnings(with_objects({7: 3, 0: 3, 90: 1}), (1, 2, 3))
     assert full.startswith("1 images hold more than 3 objects (up to 7)")
     assert "postprocess.detections_per_img" in full
-    (absent,) = ground_truth_warnings(holding({90: 1}), (1, 10, 100))
+    (absent,) = ground_truth_warnings(with_objects({90: 1}), (1, 10, 100))
     assert absent.startswith("2 of 3 classes have no objects here")
     assert "seven (id 7), zero (id 0)" in absent
+
+
+@pytest.mark.parametrize(
+    ("engine", "module", "other"),
+    [("hotcoco", "hotcoco", "pycocotools"), ("pycocotools", "pycocotools.coco", "hotcoco")],
+)
+def test_a_missing_engine_is_reported_with_the_other_one(
+    engine: Engine, module: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        UserError, match=rf"eval.engine must be installed, got {engine}: .*pip install {engine}, .*={other}"
+    ):
+        evaluate(make_ground_truth([], [1]), make_results([]), engine=engine)
+
+
+def test_the_package_imports_no_engine_at_the_top_of_a_file() -> None:
+    """So that it works without the engine that is not used."""
+    for path in (REPO / "detector").rglob("*.py"):
+        imports = re.findall(r"^\s*(?:import|from) (?:hotcoco|pycocotools)", path.read_text(), re.MULTILINE)
+        assert not imports, path

@@ -1,4 +1,4 @@
-"""The network in the form in which it detects, against the network as it is."""
+"""The network in its form for inference against the original."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torchvision.ops import FrozenBatchNorm2d
 
-from detector.config import ModelConfig
+from detector.config import ModelConfig, Precision
 from detector.inference.detector import Detector, inference_copy
 from detector.inference.postprocess import postprocess
 from detector.models import RetinaNet, build_model
-from detector.models.backbone import fold_norms
-from detector.precision import Precision
-from tests.emulated_gpu import GPU, pretended_gpu
+from detector.models.convolution import FrozenBatchNorm2d
+from tests.emulated_gpu import GPU, emulated_gpu
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 SETTINGS: dict[str, Any] = {
@@ -25,7 +23,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def model_with_statistics(norm: str, *, backbone: str = "resnet18") -> RetinaNet:
-    """Normalisations that have something to say, and class outputs of which some are above the threshold."""
+    """A model with non-trivial normalization statistics and some class scores above the threshold."""
     torch.manual_seed(0)
     config = {"backbone": backbone, "norm": norm, "trainable_layers": 5, "fpn_channels": 32, "head": {"depth": 1}}
     model = build_model(ModelConfig.model_validate(config, strict=False), 3).eval()
@@ -38,7 +36,7 @@ def model_with_statistics(norm: str, *, backbone: str = "resnet18") -> RetinaNet
     return model
 
 
-def pictures(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def image_batch(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (batch, 3, 96, 128), dtype=torch.uint8, generator=random)
     return images.contiguous(memory_format=torch.channels_last), torch.tensor(
@@ -48,28 +46,27 @@ def pictures(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn", "sync_bn", "gn"])
-def test_folded_normalisations_compute_the_same(norm: str, backbone: str) -> None:
+def test_folding_normalizations_keeps_the_features(norm: str, backbone: str) -> None:
     model = model_with_statistics(norm, backbone=backbone).double()
     images = torch.randn(1, 3, 65, 96, dtype=torch.float64)
     expected = model.backbone(images)
-    fold_norms(model.backbone)
-    left = [m for m in model.backbone.modules() if isinstance(m, BATCH_NORMS)]
-    assert not left
+    model.backbone.fold_norms()
+    assert not [m for m in model.get_submodule("backbone").modules() if isinstance(m, BATCH_NORMS)]
     for found, feature in zip(model.backbone(images), expected, strict=True):
         torch.testing.assert_close(found, feature, rtol=1e-10, atol=1e-10)
 
 
-def test_normalisations_that_are_being_trained_are_not_folded() -> None:
+def test_normalizations_in_training_mode_are_not_folded() -> None:
     model = model_with_statistics("bn").train()
-    fold_norms(model.backbone)
-    assert any(isinstance(m, nn.BatchNorm2d) for m in model.backbone.modules())
+    model.backbone.fold_norms()
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.get_submodule("backbone").modules())
 
 
-def test_a_copy_leaves_the_model_as_it_was() -> None:
+def test_a_copy_does_not_change_the_model() -> None:
     model = model_with_statistics("frozen_bn").train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     copied = inference_copy(model, torch.bfloat16)
-    assert copied.backbone.conv1.weight.dtype == torch.bfloat16
+    assert copied.backbone.dtype == torch.bfloat16
     assert copied.pixel_mean.dtype == torch.float32
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -77,9 +74,9 @@ def test_a_copy_leaves_the_model_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("norm", ["frozen_bn", "gn"])
-def test_a_copy_in_low_precision_says_nearly_the_same(norm: str) -> None:
+def test_a_copy_in_low_precision_gives_nearly_the_same_logits(norm: str) -> None:
     model = model_with_statistics(norm)
-    images, sizes = pictures(2)
+    images, sizes = image_batch(2)
     with torch.no_grad():
         expected = model(images, sizes).all_cls_logits()
         found = inference_copy(model, torch.bfloat16)(images, sizes).all_cls_logits()
@@ -93,21 +90,21 @@ def check_graphs(precision: Precision, device: torch.device) -> None:
     model = model_with_statistics("frozen_bn").to(device)
     model.to(memory_format=torch.channels_last)
     detector = Detector(model, SETTINGS, precision=precision, device=device)
-    rounding = 0.0 if precision == "fp32" else 0.02  # another algorithm of the library rounds otherwise
+    rounding = 0.0 if precision == "fp32" else 0.02  # the library's algorithms round differently
     for attempt in range(4):  # plain, captured, replayed
         for batch in (2, 1):
-            images, sizes = pictures(batch, seed=attempt)
+            images, sizes = image_batch(batch, seed=attempt)
             images = images.to(device)
             with torch.no_grad():
                 outputs = detector.model(images, sizes.to(device))
             expected = postprocess(outputs, sizes, **SETTINGS)
             found = detector(images, sizes)
-            for side in range(32, 32 + 65 * 32, 32):  # more sizes than anchors are kept of
+            for side in range(32, 32 + 65 * 32, 32):  # more sizes than the anchor cache holds
                 detector.model.anchors_of(torch.empty(1, 3, side, 32, device=device))
             assert min(map(len, found)) > 5
-            for mine, plain in zip(found, expected, strict=True):  # in any order, where scores are nearly the same
-                near = (mine.boxes[:, None] - plain.boxes[None]).abs().amax(dim=2) < 0.1 + 2 * rounding
-                same = near & ((mine.scores[:, None] - plain.scores[None]).abs() < 1e-3 + rounding)
+            for ours, plain in zip(found, expected, strict=True):  # in any order, where scores are nearly equal
+                near = (ours.boxes[:, None] - plain.boxes[None]).abs().amax(dim=2) < 0.1 + 2 * rounding
+                same = near & ((ours.scores[:, None] - plain.scores[None]).abs() < 1e-3 + rounding)
                 assert float(same.any(dim=1).float().mean()) > 0.9
                 assert float(same.any(dim=0).float().mean()) > 0.9
 
@@ -115,10 +112,10 @@ def check_graphs(precision: Precision, device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_captured_graph_finds_what_the_network_finds(precision: Precision) -> None:
+def test_a_captured_graph_gives_the_networks_detections(precision: Precision) -> None:
     check_graphs(precision, torch.device("cuda"))
 
 
-def test_a_pretended_graph_finds_what_the_network_finds() -> None:
-    with pretended_gpu():
+def test_an_emulated_graph_gives_the_networks_detections() -> None:
+    with emulated_gpu():
         check_graphs("fp32", GPU)

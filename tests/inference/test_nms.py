@@ -1,4 +1,4 @@
-"""Suppression of a whole batch against torchvision's of single images."""
+"""NMS of one image and of a whole batch against torchvision's."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from detector.inference import nms
-from detector.inference.nms import suppress
+from detector.inference.nms import class_nms, suppress
 
 with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with torch for CUDA on Linux")
 
 CASES = {
-    # batch, places, of which candidates, classes, limit
-    "nothing found": (2, 300, [0, 0], 3, 10),
+    # batch, boxes, candidates among them, classes, limit
+    "no candidates": (2, 300, [0, 0], 3, 10),
     "one box": (1, 1, [1], 1, 5),
-    "more than may be kept": (3, 150, [150, 60, 0], 4, 20),
-    "fewer than may be kept": (2, 64, [64, 10], 2, 100),
+    "more than the limit": (3, 150, [150, 60, 0], 4, 20),
+    "fewer than the limit": (2, 64, [64, 10], 2, 100),
     "a single class": (1, 250, [250], 1, 150),
 }
 
@@ -41,7 +41,7 @@ def candidates(batch: int, count: int, live: list[int], classes: int) -> tuple[T
 
 
 def check(suppress: Callable[..., Tensor], device: str) -> None:
-    """Every case gives what torchvision gives."""
+    """Every case equals torchvision's result."""
     for batch, count, live, classes, limit in CASES.values():
         boxes, scores, labels = candidates(batch, count, live, classes)
         kept = suppress(boxes.to(device), scores.to(device), labels.to(device), nms_thresh=0.5, limit=limit).cpu()
@@ -57,11 +57,19 @@ def check_kernel(device: str) -> None:
     check(suppress_in_one_kernel, device)
 
 
-def test_the_plain_way_keeps_what_torchvision_keeps() -> None:
+def test_the_plain_path_keeps_what_torchvision_keeps() -> None:
     check(suppress, "cpu")
 
 
-def test_an_overlap_of_exactly_the_threshold_removes_nothing() -> None:
+@pytest.mark.parametrize("count", [0, 1, 999, 1000, 1001, 3000])
+def test_class_nms_equals_torchvisions(count: int) -> None:
+    boxes, scores, labels = (part[0] for part in candidates(1, count, [count], 7))
+    kept = class_nms(boxes, scores, labels, nms_thresh=0.5)
+    assert kept.dtype == torch.int64
+    assert torch.equal(kept, batched_nms(boxes, scores, labels, 0.5))
+
+
+def test_an_iou_equal_to_the_threshold_suppresses_nothing() -> None:
     boxes = torch.tensor([[[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 5.0], [0.0, 0.0, 10.0, 5.1]]])
     kept = suppress(
         boxes, torch.tensor([[0.9, 0.8, 0.7]]), torch.zeros(1, 3, dtype=torch.int64), nms_thresh=0.5, limit=3
@@ -71,7 +79,7 @@ def test_an_overlap_of_exactly_the_threshold_removes_nothing() -> None:
 
 @with_triton
 def test_the_kernel_keeps_what_torchvision_keeps() -> None:
-    """In Triton's interpreter, which has to be chosen before the kernel is read."""
+    """In Triton's interpreter, which must be selected before the kernel is imported."""
     code = "from tests.inference.test_nms import check_kernel; check_kernel('cpu')"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -84,7 +92,7 @@ def test_the_kernel_keeps_what_torchvision_keeps() -> None:
 def test_the_kernel_can_be_compiled_without_a_gpu(
     capability: int, block: int, warps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All the way to machine code of an A100 and an H100."""
+    """To machine code of an A100 and an H100."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pytest.importorskip("triton.backends.nvidia")
     from triton.backends.compiler import GPUTarget
@@ -109,5 +117,5 @@ def test_the_kernel_can_be_compiled_without_a_gpu(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("way", [check_kernel, partial(check, suppress)])
 def test_a_gpu_keeps_what_torchvision_keeps(way: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nms, "has_triton", lambda _: False)  # which check_kernel does not ask
+    monkeypatch.setattr(nms, "has_triton", lambda _: False)  # check_kernel does not call it
     way("cuda")

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder, _box_loss
 
 from detector.boxes import decode, encode
-from detector.losses.box import BoxLoss, box_loss, matched_boxes
+from detector.config import BoxLossKind
+from detector.losses.box import box_loss, matched_boxes
 
-KINDS: list[BoxLoss] = ["smooth_l1", "l1", "giou"]
+KINDS: list[BoxLossKind] = ["smooth_l1", "l1", "giou"]
 
 
 def random_case(n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,16 +28,16 @@ def random_case(n: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("n", [0, 1, 300])
 @pytest.mark.parametrize("kind", ["l1", "giou"])
-def test_sum_and_gradient_equal_torchvisions(kind: BoxLoss, n: int) -> None:
+def test_sum_and_gradient_equal_torchvisions(kind: BoxLossKind, n: int) -> None:
     deltas, anchors, boxes = random_case(n)
-    ours, theirs = deltas.clone().requires_grad_(), deltas.clone().requires_grad_()
+    ours, reference = deltas.clone().requires_grad_(), deltas.clone().requires_grad_()
     losses = box_loss(ours, anchors, boxes, kind=kind)
     assert losses.shape == (n,)
-    expected = _box_loss(kind, BoxCoder((1.0, 1.0, 1.0, 1.0)), anchors, boxes, theirs)
+    expected = _box_loss(kind, BoxCoder((1.0, 1.0, 1.0, 1.0)), anchors, boxes, reference)
     torch.testing.assert_close(losses.sum(), expected, rtol=1e-5, atol=1e-6)
     torch.autograd.backward(losses.sum())
     torch.autograd.backward(expected)
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [1 / 9, 1.0])
@@ -48,7 +49,7 @@ def test_smooth_l1_is_the_papers_with_its_corner_at_beta(beta: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_perfect_box_has_no_loss_and_any_leading_shape_is_taken(kind: BoxLoss) -> None:
+def test_a_perfect_box_has_no_loss_for_any_leading_shape(kind: BoxLossKind) -> None:
     _, anchors, boxes = random_case(12)
     deltas = encode(boxes, anchors).view(3, 4, 4)
     losses = box_loss(deltas, anchors.view(3, 4, 4), boxes.view(3, 4, 4), kind=kind)
@@ -56,7 +57,7 @@ def test_a_perfect_box_has_no_loss_and_any_leading_shape_is_taken(kind: BoxLoss)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_deltas_give_an_fp32_loss(kind: BoxLoss) -> None:
+def test_half_precision_deltas_give_an_fp32_loss(kind: BoxLossKind) -> None:
     deltas, anchors, boxes = random_case(10)
     losses = box_loss(deltas.bfloat16(), anchors, boxes, kind=kind)
     assert losses.dtype == torch.float32
@@ -64,25 +65,25 @@ def test_half_precision_deltas_give_an_fp32_loss(kind: BoxLoss) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_anchors_without_an_object_stand_for_themselves_with_finite_gradients(kind: BoxLoss) -> None:
+def test_unmatched_anchors_are_their_own_boxes_with_finite_gradients(kind: BoxLossKind) -> None:
     deltas, anchors, boxes = random_case(6)
     index = torch.tensor([[-1, -2, 0, 1, -1, 0]])
-    wanted = matched_boxes(anchors, boxes[None, :2], index)
+    matched = matched_boxes(anchors, boxes[None, :2], index)
     expected = torch.stack([anchors[0], anchors[1], boxes[0], boxes[1], anchors[4], boxes[0]])
-    assert torch.equal(wanted[0], expected)
+    assert torch.equal(matched[0], expected)
     leaf = deltas[None].clone().requires_grad_()
-    torch.autograd.backward(box_loss(leaf, anchors, wanted, kind=kind).sum())
+    torch.autograd.backward(box_loss(leaf, anchors, matched, kind=kind).sum())
     assert leaf.grad is not None
     assert leaf.grad.isfinite().all()
 
 
-def test_a_batch_without_any_object_matches_anchors_to_themselves() -> None:
+def test_in_a_batch_without_objects_all_anchors_are_their_own_boxes() -> None:
     _, anchors, _ = random_case(5)
-    wanted = matched_boxes(anchors, torch.zeros(2, 0, 4), torch.full((2, 5), -1))
-    assert torch.equal(wanted, anchors.expand(2, 5, 4))
+    matched = matched_boxes(anchors, torch.zeros(2, 0, 4), torch.full((2, 5), -1))
+    assert torch.equal(matched, anchors.expand(2, 5, 4))
 
 
-def test_giou_of_boxes_apart_is_between_one_and_two() -> None:
+def test_giou_loss_of_disjoint_boxes_is_between_one_and_two() -> None:
     anchors, far = torch.tensor([[0.0, 0.0, 10.0, 10.0]]), torch.tensor([[90.0, 90.0, 100.0, 100.0]])
     loss = box_loss(torch.zeros(1, 4), anchors, far, kind="giou")
     assert torch.equal(decode(torch.zeros(1, 4), anchors), anchors)

@@ -25,7 +25,7 @@ def on_cpu(logits: Tensor, labels: Tensor, alpha: float | None, gamma: float) ->
 
 
 def plain(logits: Tensor, labels: Tensor, alpha: float | None, gamma: float) -> Tensor:
-    """What a GPU runs."""
+    """The path of a GPU."""
     positive, negative = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
     return _plain_focal_loss(logits, labels, torch.full(logits.shape[-1:], positive), negative, gamma)
 
@@ -37,14 +37,14 @@ def formula(logits: Tensor, labels: Tensor, alpha: float | None, gamma: float) -
     """Equation 5 of the paper in fp64, summed per image: (B, A, K), (B, A) to (B,)."""
     x = logits.double()
     one_hot = torch.stack([labels == k for k in range(logits.shape[-1])], dim=-1)
-    p_t_of = torch.where(one_hot, x, -x)
+    x_t = torch.where(one_hot, x, -x)
     alpha_t = torch.where(one_hot, alpha, 1 - alpha).double() if alpha is not None else torch.ones_like(x)
-    losses = -alpha_t * torch.sigmoid(-p_t_of) ** gamma * F.logsigmoid(p_t_of)
+    losses = -alpha_t * torch.sigmoid(-x_t) ** gamma * F.logsigmoid(x_t)
     return (losses * (labels >= -1)[..., None]).sum(dim=(1, 2))
 
 
 def gradient_of(loss: Dense, logits: Tensor, labels: Tensor, alpha: float | None, gamma: float) -> Tensor:
-    """With a different weight for each image's sum."""
+    """Return the gradient of the sums, each image's with a different factor."""
     leaf = logits.clone().requires_grad_()
     sums = loss(leaf, labels, alpha, gamma)
     torch.autograd.backward((sums * torch.arange(1, len(sums) + 1)).sum())
@@ -69,7 +69,7 @@ def test_entrywise_loss_equals_torchvisions(alpha: float | None, gamma: float) -
     )
 
 
-def test_entrywise_loss_of_nothing_is_nothing() -> None:
+def test_entrywise_loss_of_an_empty_batch_is_empty() -> None:
     assert sigmoid_focal_loss(torch.zeros(0, 3), torch.zeros(0, 3)).shape == (0, 3)
 
 
@@ -100,7 +100,7 @@ def test_values_worked_out_by_hand(logit: float, target: float, expected: float)
 
 @pytest.mark.parametrize("logit", [5.0, 10.0, 15.0, 20.0, 30.0])
 @pytest.mark.parametrize("kind", [sigmoid_focal_loss, poly1_focal_loss, quality_focal_loss, varifocal_loss, ghm_loss])
-def test_sure_entries_keep_their_digits_on_both_sides(kind: Callable[..., Tensor], logit: float) -> None:
+def test_confident_entries_keep_their_digits_on_both_sides(kind: Callable[..., Tensor], logit: float) -> None:
     """1 - p by subtraction would be 0 from a logit of 17 on, and so would torch's cross entropy of a negative."""
     results = []
     for dtype in (torch.float32, torch.float64):
@@ -112,13 +112,19 @@ def test_sure_entries_keep_their_digits_on_both_sides(kind: Callable[..., Tensor
     torch.testing.assert_close(*results, rtol=1e-5, atol=0)
 
 
-def test_soft_targets_mix_cross_entropy_wrongness_and_weight() -> None:
+def test_soft_targets_mix_cross_entropy_one_minus_pt_and_alpha() -> None:
     x, y = torch.tensor([-2.0, 0.5, 3.0], dtype=torch.float64), torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64)
     p = torch.sigmoid(x)
-    cross, wrong, alpha = -(y * p.log() + (1 - y) * (1 - p).log()), y * (1 - p) + (1 - y) * p, 0.25 * y + 0.75 * (1 - y)
-    torch.testing.assert_close(sigmoid_focal_loss(x, y), alpha * cross * wrong**2)
+    cross, one_minus_pt, alpha = (
+        -(y * p.log() + (1 - y) * (1 - p).log()),
+        y * (1 - p) + (1 - y) * p,
+        0.25 * y + 0.75 * (1 - y),
+    )
+    torch.testing.assert_close(sigmoid_focal_loss(x, y), alpha * cross * one_minus_pt**2)
     torch.testing.assert_close(sigmoid_focal_loss(x, y), torchvision_focal_loss(x, y))
-    torch.testing.assert_close(poly1_focal_loss(x, y, epsilon=0.6), alpha * (cross * wrong**2 + 0.6 * wrong**3))
+    torch.testing.assert_close(
+        poly1_focal_loss(x, y, epsilon=0.6), alpha * (cross * one_minus_pt**2 + 0.6 * one_minus_pt**3)
+    )
 
 
 @both_paths
@@ -139,25 +145,25 @@ def test_dense_loss_and_gradient_equal_the_formula(
     sums = dense(logits, labels, alpha, gamma)
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums.double(), formula(logits, labels, alpha, gamma), rtol=1e-5, atol=1e-30)
-    ours = gradient_of(dense, logits, labels, alpha, gamma)
-    theirs = gradient_of(formula, logits, labels, alpha, gamma)
-    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-9)
+    actual = gradient_of(dense, logits, labels, alpha, gamma)
+    expected = gradient_of(formula, logits, labels, alpha, gamma)
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-9)
 
 
 @both_paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("classes", [1, 1203])
-def test_any_number_of_classes_gives_what_the_formula_does(dense: Dense, classes: int, dtype: torch.dtype) -> None:
+def test_one_class_and_many_classes_equal_the_formula(dense: Dense, classes: int, dtype: torch.dtype) -> None:
     """In more than one block of anchors."""
     anchors = 2 * dense_module.CHUNK // classes + 7 if classes > 1 else 500
     logits, labels = random_case(2, anchors, classes)
     logits = logits.to(dtype)
     sums = dense(logits, labels, 0.25, 2.0)
     torch.testing.assert_close(sums.double(), formula(logits, labels, 0.25, 2.0), rtol=1e-5, atol=0)
-    ours = gradient_of(dense, logits, labels, 0.25, 2.0)
-    theirs = gradient_of(formula, logits.double(), labels, 0.25, 2.0)
+    actual = gradient_of(dense, logits, labels, 0.25, 2.0)
+    expected = gradient_of(formula, logits.double(), labels, 0.25, 2.0)
     rounding = {torch.float32: 2e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
-    torch.testing.assert_close(ours.double(), theirs, rtol=rounding, atol=1e-7)
+    torch.testing.assert_close(actual.double(), expected, rtol=rounding, atol=1e-7)
 
 
 @both_paths
@@ -188,7 +194,7 @@ def test_fp16_gradients_survive_gradscalers_factor(dense: Dense, logit: float) -
 
 
 @both_paths
-def test_ignored_anchors_count_for_nothing(dense: Dense) -> None:
+def test_ignored_anchors_have_no_loss_and_no_gradient(dense: Dense) -> None:
     logits, labels = random_case(2, 50, 3)
     ignored = torch.full_like(labels, -2)
     assert dense(logits, ignored, 0.25, 2.0).tolist() == [0.0, 0.0]
@@ -200,16 +206,16 @@ def test_ignored_anchors_count_for_nothing(dense: Dense) -> None:
     )
 
 
-@pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), 1e4])
-def test_ignored_anchors_may_hold_anything(nonsense: float) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
+def test_ignored_anchors_may_have_any_logits(value: float) -> None:
     logits, labels = random_case(2, 50, 3)
-    spoilt = torch.where((labels < -1)[..., None], nonsense, logits)
-    torch.testing.assert_close(on_cpu(spoilt, labels, 0.25, 2.0), on_cpu(logits, labels, 0.25, 2.0))
-    gradient = gradient_of(on_cpu, spoilt, labels, 0.25, 2.0)
+    corrupted = torch.where((labels < -1)[..., None], value, logits)
+    torch.testing.assert_close(on_cpu(corrupted, labels, 0.25, 2.0), on_cpu(logits, labels, 0.25, 2.0))
+    gradient = gradient_of(on_cpu, corrupted, labels, 0.25, 2.0)
     torch.testing.assert_close(gradient, gradient_of(on_cpu, logits, labels, 0.25, 2.0))
 
 
-def test_an_ignored_nan_leaves_sure_mistakes_beside_it_as_they_are() -> None:
+def test_an_ignored_nan_does_not_change_confident_errors_in_the_same_block() -> None:
     logits, labels = torch.full((1, 4, 3), -3.0), torch.full((1, 4), -1)
     logits[0, 1, 0] = 20.0
     expected = on_cpu(logits, labels, 0.25, 2.0)
@@ -218,14 +224,17 @@ def test_an_ignored_nan_leaves_sure_mistakes_beside_it_as_they_are() -> None:
     assert gradient_of(on_cpu, logits, labels, 0.25, 2.0).isfinite().all()
 
 
-def test_both_ways_to_a_negatives_loss_keep_its_digits() -> None:
-    """By log(1 - sigmoid) up to SURE, beyond by softplus."""
-    for x in (torch.linspace(-25, dense_module.SURE, 100_001), torch.linspace(dense_module.SURE, 60, 1001)):
-        found = dense_module._negatives(x, 2.0)
+def test_both_formulas_of_a_negatives_loss_keep_its_digits() -> None:
+    """From log1p(-sigmoid) up to LOG1P_MAX_LOGIT, from softplus above."""
+    for x in (
+        torch.linspace(-25, dense_module.LOG1P_MAX_LOGIT, 100_001),
+        torch.linspace(dense_module.LOG1P_MAX_LOGIT, 60, 1001),
+    ):
+        actual = dense_module._negative_loss_terms(x, 2.0)
         s = torch.sigmoid(x.double())
         log_rest = -F.softplus(x.double())
-        for mine, exact in zip(found, (s**2, log_rest, s**2 * (s - 2 * log_rest * (1 - s))), strict=True):
-            torch.testing.assert_close(mine.double(), exact, rtol=2e-6, atol=0)
+        for part, exact in zip(actual, (s**2, log_rest, s**2 * (s - 2 * log_rest * (1 - s))), strict=True):
+            torch.testing.assert_close(part.double(), exact, rtol=2e-6, atol=0)
 
 
 def test_a_scale_multiplies_sums_and_gradients_alike() -> None:
@@ -256,8 +265,8 @@ def test_extreme_logits_give_finite_losses_and_gradients(dense: Dense, gamma: fl
 
 
 @both_paths
-def test_a_network_that_is_sure_and_right_has_no_loss(dense: Dense) -> None:
-    """Summing positives as negatives first and taking them back would leave the rounding of the large numbers."""
+def test_confident_correct_predictions_have_no_loss(dense: Dense) -> None:
+    """Adding positives as negatives first and subtracting them again would leave the rounding of large numbers."""
     logits = torch.full((1, 100, 2), -40.0)
     logits[..., 0] = 40.0
     loss = dense(logits, torch.zeros(1, 100, dtype=torch.int64), 0.25, 2.0).item()
@@ -275,15 +284,15 @@ def test_chunks_of_any_size_give_the_same_loss_and_gradient(chunk: int, monkeypa
 
 def test_logits_need_not_be_contiguous() -> None:
     logits, labels = random_case(2, 30, 5)
-    turned = logits.transpose(1, 2).contiguous().transpose(1, 2)
-    assert not turned.is_contiguous()
-    torch.testing.assert_close(on_cpu(turned, labels, 0.25, 2.0), on_cpu(logits, labels, 0.25, 2.0))
+    permuted = logits.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not permuted.is_contiguous()
+    torch.testing.assert_close(on_cpu(permuted, labels, 0.25, 2.0), on_cpu(logits, labels, 0.25, 2.0))
     torch.testing.assert_close(
-        gradient_of(on_cpu, turned, labels, 0.25, 2.0), gradient_of(on_cpu, logits, labels, 0.25, 2.0)
+        gradient_of(on_cpu, permuted, labels, 0.25, 2.0), gradient_of(on_cpu, logits, labels, 0.25, 2.0)
     )
 
 
-def test_a_second_backward_is_refused() -> None:
+def test_a_second_backward_is_rejected() -> None:
     logits, labels = random_case(1, 5, 3)
     loss = dense_focal_loss(logits.requires_grad_(), labels).sum()
     torch.autograd.backward(loss, retain_graph=True)
@@ -291,7 +300,7 @@ def test_a_second_backward_is_refused() -> None:
         torch.autograd.backward(loss)
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_a_second_derivative_is_rejected() -> None:
     logits, labels = random_case(1, 5, 3)
     leaf = logits.requires_grad_()
     factor = torch.ones((), requires_grad=True)
@@ -300,7 +309,7 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.backward(gradient.sum())
 
 
-def test_labels_are_left_as_they_were() -> None:
+def test_inputs_are_not_modified() -> None:
     logits, labels = random_case(2, 20, 3)
     before = logits.clone(), labels.clone()
     gradient_of(on_cpu, logits, labels, 0.25, 2.0)

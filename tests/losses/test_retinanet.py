@@ -15,11 +15,12 @@ from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetin
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from detector.anchors import pyramid_grids
-from detector.assign.max_iou import Matches
+from detector.assign.assignment import Assignment
+from detector.assign.max_iou import MaxIoUAssigner
 from detector.boxes import encode
-from detector.config import Config, ModelConfig
+from detector.config import BoxLossKind, Config, ModelConfig
 from detector.losses import RetinaNetLoss, build_loss
-from detector.losses.box import BoxLoss
+from detector.losses.retinanet import Normalizers
 from detector.models import build_anchors
 from detector.structures import HeadOutputs, Targets
 
@@ -57,7 +58,9 @@ def outputs_of(logits: Tensor, deltas: Tensor) -> HeadOutputs:
     return HeadOutputs(torch.split(logits, COUNTS, dim=1), torch.split(deltas, COUNTS, dim=1), ANCHORS)
 
 
-def torchvisions_losses(logits: Tensor, deltas: Tensor, images: Sequence[Objects], box: BoxLoss) -> dict[str, Tensor]:
+def torchvisions_losses(
+    logits: Tensor, deltas: Tensor, images: Sequence[Objects], box: BoxLossKind
+) -> dict[str, Tensor]:
     head = RetinaNetHead(8, 9, CLASSES)
     head.regression_head._loss_type = box
     model = SimpleNamespace(proposal_matcher=Matcher(0.5, 0.4, allow_low_quality_matches=True), head=head)
@@ -83,17 +86,20 @@ CASES: dict[str, list[Objects]] = {
     # torchvision divides image by image; by the positives of the batch is the same for one image only
     [(case, "per_image") for case in CASES] + [(case, "global") for case in CASES if len(CASES[case]) == 1],
 )
-def test_losses_and_gradients_equal_torchvisions(case: str, normalizer: Any, box: BoxLoss) -> None:
+def test_losses_and_gradients_equal_torchvisions(case: str, normalizer: Any, box: BoxLossKind) -> None:
     images = CASES[case]
-    ours, theirs = random_heads(len(images)), random_heads(len(images))
-    loss = RetinaNetLoss(box=box, normalizer=normalizer, low_quality_matches=True)
-    found, expected = loss(outputs_of(*ours), pad_targets(images)), torchvisions_losses(*theirs, images, box)
+    heads, torchvision_heads = random_heads(len(images)), random_heads(len(images))
+    loss = RetinaNetLoss(box=box, normalizer=normalizer, assigner=MaxIoUAssigner(low_quality_matches=True))
+    actual, expected = (
+        loss(outputs_of(*heads), pad_targets(images)),
+        torchvisions_losses(*torchvision_heads, images, box),
+    )
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
-    torch.autograd.backward(sum(found.values(), torch.zeros(())))
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-7)
+    torch.autograd.backward(sum(actual.values(), torch.zeros(())))
     torch.autograd.backward(sum(expected.values(), torch.zeros(())))
-    for mine, reference in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-4, atol=1e-8)
+    for leaf, reference in zip(heads, torchvision_heads, strict=True):
+        torch.testing.assert_close(leaf.grad, reference.grad, rtol=1e-4, atol=1e-8)
 
 
 def test_global_normalizer_divides_by_the_positives_of_the_batch() -> None:
@@ -103,11 +109,11 @@ def test_global_normalizer_divides_by_the_positives_of_the_batch() -> None:
         RetinaNetLoss()(outputs_of(logits[i : i + 1], deltas[i : i + 1]), pad_targets([image]))
         for i, image in enumerate(images)
     ]
-    matches = RetinaNetLoss().match(ANCHORS, pad_targets(images))
+    assignment = RetinaNetLoss().assign(ANCHORS, pad_targets(images))
     whole = RetinaNetLoss()(outputs_of(logits, deltas), pad_targets(images))
     for name, value in whole.items():
-        sums = torch.stack([losses[name] for losses in by_image]) * matches.num_pos.clamp(min=1)
-        torch.testing.assert_close(value, sums.sum() / matches.num_pos.sum())
+        sums = torch.stack([losses[name] for losses in by_image]) * assignment.num_pos.clamp(min=1)
+        torch.testing.assert_close(value, sums.sum() / assignment.num_pos.sum())
 
 
 @pytest.mark.parametrize("normalizer", ["global", "per_image"])
@@ -118,7 +124,7 @@ def test_micro_batches_add_up_to_the_batch(normalizer: Any, parts: list[int]) ->
     loss = RetinaNetLoss(normalizer=normalizer)
     expected = loss(outputs_of(*whole), pad_targets(images))
     torch.autograd.backward(sum(expected.values(), torch.zeros(())))
-    num_pos = loss.match(ANCHORS, pad_targets(images)).num_pos.sum()
+    normalizers = loss.normalizers(loss.assign(ANCHORS, pad_targets(images)), torch.tensor(3))
     start, total = 0, torch.zeros(())
     for size in parts:
         part = slice(start, start + size)
@@ -126,26 +132,25 @@ def test_micro_batches_add_up_to_the_batch(normalizer: Any, parts: list[int]) ->
         found = loss(
             outputs_of(split[0][part], split[1][part]),
             targets,
-            matches=loss.match(ANCHORS, targets),
-            num_pos=num_pos,
-            num_images=torch.tensor(3),
+            assignment=loss.assign(ANCHORS, targets),
+            normalizers=normalizers,
         )
         value = found["loss_cls"] + found["loss_box"]
         torch.autograd.backward(value)
         total += value.detach()
         start += size
     torch.testing.assert_close(total, expected["loss_cls"] + expected["loss_box"])
-    for mine, reference in zip(split, whole, strict=True):
-        torch.testing.assert_close(mine.grad, reference.grad)
+    for leaf, reference in zip(split, whole, strict=True):
+        torch.testing.assert_close(leaf.grad, reference.grad)
 
 
 @pytest.mark.parametrize("box", ["smooth_l1", "l1", "giou"])
 @pytest.mark.parametrize("normalizer", ["global", "per_image"])
-def test_nothing_to_learn_is_an_exact_zero_with_a_gradient_of_zeros(normalizer: Any, box: BoxLoss) -> None:
+def test_without_anything_to_learn_losses_and_gradients_are_exactly_zero(normalizer: Any, box: BoxLossKind) -> None:
     logits, deltas = random_heads(2)
-    ignored = Matches(torch.full((2, len(ANCHORS)), -2), torch.zeros(2, dtype=torch.int64))
+    ignored = Assignment(torch.full((2, len(ANCHORS)), -2), torch.zeros(2, dtype=torch.int64))
     losses = RetinaNetLoss(box=box, normalizer=normalizer)(
-        outputs_of(logits, deltas), pad_targets([objects(0)] * 2), matches=ignored
+        outputs_of(logits, deltas), pad_targets([objects(0)] * 2), assignment=ignored
     )
     assert {name: value.item() for name, value in losses.items()} == {"loss_cls": 0.0, "loss_box": 0.0}
     torch.autograd.backward(losses["loss_cls"] + losses["loss_box"])
@@ -155,7 +160,7 @@ def test_nothing_to_learn_is_an_exact_zero_with_a_gradient_of_zeros(normalizer: 
 
 
 @pytest.mark.parametrize("box", ["smooth_l1", "l1", "giou"])
-def test_images_without_objects_teach_the_classes_only(box: BoxLoss) -> None:
+def test_images_without_objects_have_a_class_loss_only(box: BoxLossKind) -> None:
     logits, deltas = random_heads(2)
     losses = RetinaNetLoss(box=box)(outputs_of(logits, deltas), pad_targets([objects(0)] * 2))
     assert losses["loss_box"].item() == 0.0
@@ -179,7 +184,7 @@ def test_padding_does_not_change_the_loss() -> None:
         assert torch.equal(value, expected[name])
 
 
-def test_ignore_regions_silence_the_background_inside_them() -> None:
+def test_background_anchors_inside_ignore_regions_have_no_loss() -> None:
     logits, deltas = random_heads(1)
     region = torch.tensor([[[0.0, 0.0, 192.0, 128.0]]])
     targets = Targets(torch.zeros(1, 0, 4), torch.zeros(1, 0, dtype=torch.int64), region)
@@ -205,7 +210,7 @@ def test_smooth_l1_uses_the_given_beta(beta: float) -> None:
     logits, deltas = random_heads(1)
     targets = pad_targets([objects(9)])
     loss = RetinaNetLoss(smooth_l1_beta=beta)
-    matched = loss.match(ANCHORS, targets).matched[0]
+    matched = loss.assign(ANCHORS, targets).matched[0]
     positive = torch.nonzero(matched >= 0).squeeze(1)
     distance = (deltas[0, positive] - encode(targets.boxes[0, matched[positive]], ANCHORS[positive])).abs()
     expected = torch.where(distance < beta, 0.5 * distance**2 / beta, distance - 0.5 * beta).sum() / len(positive)
@@ -213,10 +218,10 @@ def test_smooth_l1_uses_the_given_beta(beta: float) -> None:
 
 
 @pytest.mark.parametrize("box", ["smooth_l1", "l1", "giou"])
-def test_a_perfect_network_has_no_loss(box: BoxLoss) -> None:
+def test_a_perfect_network_has_no_loss(box: BoxLossKind) -> None:
     boxes, labels = objects(5)
     loss = RetinaNetLoss(box=box)
-    matched = loss.match(ANCHORS, pad_targets([(boxes, labels)])).matched[0]
+    matched = loss.assign(ANCHORS, pad_targets([(boxes, labels)])).matched[0]
     logits = torch.full((1, len(ANCHORS), CLASSES), -50.0)
     positive = torch.nonzero(matched >= 0).squeeze(1)
     assert len(positive)
@@ -237,20 +242,24 @@ def test_half_precision_heads_give_fp32_losses() -> None:
 
 
 @pytest.mark.parametrize("normalizer", ["global", "per_image"])
-def test_a_step_of_which_no_image_could_be_read_teaches_nothing(normalizer: Any) -> None:
+def test_a_step_without_a_readable_image_has_zero_losses(normalizer: Any) -> None:
     logits, deltas = random_heads(1)
     everywhere = torch.tensor([[[-1e6, -1e6, 1e6, 1e6]]])
     targets = pad_targets([objects(0)])._replace(ignore_boxes=everywhere)
-    zero = torch.tensor(0)
-    losses = RetinaNetLoss(normalizer=normalizer)(outputs_of(logits, deltas), targets, num_pos=zero, num_images=zero)
+    zero = torch.tensor(0.0)
+    losses = RetinaNetLoss(normalizer=normalizer)(
+        outputs_of(logits, deltas), targets, normalizers=Normalizers(zero, zero, zero)
+    )
     assert {k: v.item() for k, v in losses.items()} == {"loss_cls": 0.0, "loss_box": 0.0}
 
 
-def test_build_loss_hands_over_every_setting() -> None:
+def test_build_loss_passes_every_setting() -> None:
     config = Config.model_validate_json(
-        """{"loss": {"cls": "focal_star", "alpha": 0.4, "negative_weight": 0.7, "gamma": 1.5, "star_beta": 0.3, "poly_epsilon": 0.2,
+        """{"loss": {"cls": "focal_star", "alpha": 0.4, "negative_weight": 0.7, "gamma": 1.5, "star_beta": 0.3,
+        "poly_epsilon": 0.2,
         "varifocal_alpha": 0.6,
-        "ghm_bins": 7, "ohem_batch": 9, "ohem_nms_thresh": 0.4, "ohem_negatives_per_positive": 2, "bootstrap_fraction": 0.5,
+        "ghm_bins": 7, "ohem_batch": 9, "ohem_nms_thresh": 0.4, "ohem_negatives_per_positive": 2,
+        "bootstrap_fraction": 0.5,
         "box": "giou", "smooth_l1_beta": 0.5, "box_weight": 2.0, "normalizer": "per_image"},
         "matching": {"fg_iou_thresh": 0.6, "bg_iou_thresh": 0.3, "low_quality_matches": true, "ignore_regions": false},
         "model": {"head": {"activation": "softmax"}}}"""
@@ -260,10 +269,11 @@ def test_build_loss_hands_over_every_setting() -> None:
     for name in ("cls", "alpha_exponent", "alpha_beta"):
         del settings[name]
     for name, value in settings.items():
-        assert vars(built).get(name, vars(built.class_loss).get(name)) == value, name
+        found = {**vars(built.assigner), **vars(built.class_loss), **vars(built)}
+        assert found[name] == value, name
     assert built.class_loss.kind == "focal_star"
 
 
-def test_weights_counted_from_the_data_reach_the_loss() -> None:
+def test_class_weights_counted_from_the_data_reach_the_loss() -> None:
     config = Config.model_validate_json('{"loss": {"alpha": "inverse_frequency"}}')
     assert build_loss(config, alpha=[1.5, 0.5]).class_loss.alpha.tolist() == [1.5, 0.5]  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""ResNets against torchvision's own, and what freezing leaves alone."""
+"""ResNets and their layers against torchvision's; frozen stages; recomputed activations."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import Bottleneck
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 from detector.config import Backbone, Norm
-from detector.models.backbone import PARTS, ResNet
+from detector.models.convolution import FrozenBatchNorm2d
+from detector.models.resnet import ARCHITECTURES, STAGES, ResNet
 
 NAMES = get_args(Backbone)
 NORMS = get_args(Norm)
@@ -23,19 +24,25 @@ def resnet(name: str = "resnet18", norm: Norm = "bn", eps: float = 1e-5, trainab
     return ResNet(name, norm=norm, norm_eps=eps, num_trainable_layers=trainable)
 
 
+def torchvision_resnet(name: str) -> Any:
+    if name == "resnext101_32x4d":  # which torchvision has no name for
+        return torchvision.models.ResNet(Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4)
+    return torchvision.models.get_model(name, weights=None)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_features_equal_torchvisions(name: str) -> None:
     torch.manual_seed(0)
-    reference: Any = torchvision.models.get_model(name, weights=None).eval()
+    reference = torchvision_resnet(name).eval()
     for module in reference.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.get_buffer("running_mean"), std=0.1)
             nn.init.uniform_(module.get_buffer("running_var"), 0.5, 1.5)
             nn.init.uniform_(module.weight, 0.3, 0.7)
     ours = resnet(name).eval()
-    left = ours.load_state_dict(reference.state_dict(), strict=False)
-    assert not left.missing_keys
-    assert all(key.startswith("fc.") for key in left.unexpected_keys)
+    keys = ours.load_state_dict(reference.state_dict(), strict=False)
+    assert not keys.missing_keys
+    assert all(key.startswith("fc.") for key in keys.unexpected_keys)
     images = torch.randn(1, 3, 65, 96)
     nodes = {"layer2": "c3", "layer3": "c4", "layer4": "c5"}
     with torch.no_grad():
@@ -46,18 +53,48 @@ def test_features_equal_torchvisions(name: str) -> None:
         assert torch.equal(feature, reference_feature)
 
 
+def test_the_config_offers_every_architecture() -> None:
+    assert {*NAMES} == {*ARCHITECTURES}
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_of_the_config_is_built_with_torchvisions_parameters(name: str) -> None:
+def test_every_architecture_has_torchvisions_parameters_in_its_order(name: str) -> None:
     with torch.device("meta"):
-        ours = resnet(name)
-        if name == "resnext101_32x4d":  # which torchvision has no name for
-            reference: Any = torchvision.models.ResNet(Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4)
-        else:
-            reference = torchvision.models.get_model(name, weights=None)
-    expected = {k: v.shape for k, v in reference.state_dict().items() if not k.startswith("fc.")}
-    assert {k: v.shape for k, v in ours.state_dict().items()} == expected
+        ours, reference = resnet(name), torchvision_resnet(name)
+    expected = [(k, v.shape) for k, v in reference.state_dict().items() if not k.startswith("fc.")]
+    assert [(k, v.shape) for k, v in ours.state_dict().items()] == expected
     wide = 512 if name in ("resnet18", "resnet34") else 2048
     assert ours.channels == (wide // 4, wide // 2, wide)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_a_seed_gives_the_weights_and_the_next_random_numbers_of_torchvision(name: str) -> None:
+    torch.manual_seed(3)
+    ours, next_ours = resnet(name), torch.rand(3)
+    torch.manual_seed(3)
+    reference, next_reference = torchvision_resnet(name), torch.rand(3)
+    expected = reference.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in ours.state_dict().items())
+    assert torch.equal(next_ours, next_reference)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 4), (2, 5, 3, 4)])
+def test_frozen_batch_norm_equals_torchvisions(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    trained = nn.BatchNorm2d(5)
+    trained(torch.randn(8, 5, 4, 4) * 3 + 1)
+    nn.init.normal_(trained.weight)
+    nn.init.normal_(trained.bias)
+    ours, reference = FrozenBatchNorm2d(5, eps=1e-3), TorchvisionFrozenBatchNorm2d(5, eps=1e-3)
+    assert [(k, v.tolist()) for k, v in ours.state_dict().items()] == [
+        (k, v.tolist()) for k, v in reference.state_dict().items()
+    ]
+    for norm in (ours, reference):
+        norm.load_state_dict(trained.state_dict())  # which also has num_batches_tracked
+    x = torch.randn(shape)
+    assert torch.equal(ours(x), reference(x))
+    assert not list(ours.parameters())
+    assert repr(ours) == repr(reference)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -73,30 +110,30 @@ def test_every_norm_is_used_throughout_with_its_eps(norm: Norm) -> None:
 
 @pytest.mark.parametrize("norm", ["bn", "frozen_bn", "gn"])
 @pytest.mark.parametrize("trainable", range(6))
-def test_frozen_parts_get_no_gradients_and_the_others_do(trainable: int, norm: Norm) -> None:
+def test_frozen_stages_get_no_gradients_and_the_others_do(trainable: int, norm: Norm) -> None:
     torch.manual_seed(0)
     backbone = resnet(norm=norm, trainable=trainable).train()
     total = sum((f.square().mean() for f in backbone(torch.randn(2, 3, 64, 64))), torch.zeros(()))
     if total.requires_grad:
         torch.autograd.backward(total)
     assert total.requires_grad == (trainable > 0)
-    frozen = PARTS[: 5 - trainable]
+    frozen = STAGES[: 5 - trainable]
     for name, parameter in backbone.named_parameters():
-        part = name.split(".")[0] if name.startswith("layer") else "stem"
-        assert parameter.requires_grad == (part not in frozen), name
-        assert (parameter.grad is None) == (part in frozen), name
+        stage = name.split(".")[0] if name.startswith("layer") else "stem"
+        assert parameter.requires_grad == (stage not in frozen), name
+        assert (parameter.grad is None) == (stage in frozen), name
 
 
 @pytest.mark.parametrize("trainable", [0, 3, 5])
-def test_frozen_parts_keep_their_statistics_while_training(trainable: int) -> None:
+def test_frozen_stages_keep_their_statistics_during_training(trainable: int) -> None:
     backbone = resnet(trainable=trainable)
     before = {k: v.clone() for k, v in backbone.named_buffers() if "running" in k}
     assert backbone.eval().train() is backbone
     backbone(torch.randn(2, 3, 64, 64))
     for name, value in backbone.named_buffers():
         if "running" in name:
-            part = name.split(".")[0] if name.startswith("layer") else "stem"
-            assert torch.equal(value, before[name]) == (part in PARTS[: 5 - trainable]), name
+            stage = name.split(".")[0] if name.startswith("layer") else "stem"
+            assert torch.equal(value, before[name]) == (stage in STAGES[: 5 - trainable]), name
 
 
 def test_frozen_batch_norm_never_changes() -> None:
@@ -107,13 +144,13 @@ def test_frozen_batch_norm_never_changes() -> None:
     assert not [k for k, _ in backbone.named_parameters() if "bn" in k]
 
 
-def test_evaluation_mode_reaches_every_part() -> None:
+def test_evaluation_mode_reaches_every_stage() -> None:
     backbone = resnet(trainable=3).train().eval()
     assert not any(m.training for m in backbone.modules())
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_activations_computed_again_give_the_same_gradients_from_less_memory(name: str) -> None:
+def test_recomputed_activations_give_the_same_gradients_from_less_memory(name: str) -> None:
     torch.manual_seed(0)
     backbone = resnet(name, norm="gn")
     images = torch.randn(1, 3, 64, 96)

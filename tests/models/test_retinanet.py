@@ -15,10 +15,10 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from detector.anchors import pyramid_grids
-from detector.config import HeadConfig, ModelConfig
+from detector.assign.max_iou import MaxIoUAssigner
+from detector.config import BoxLossKind, HeadConfig, ModelConfig
 from detector.inference.postprocess import postprocess
 from detector.losses import RetinaNetLoss
-from detector.losses.box import BoxLoss
 from detector.models import RetinaNet, build_model
 from detector.structures import Detections, Targets
 
@@ -26,24 +26,22 @@ CLASSES = 7
 ANCHORS: dict[str, Any] = {
     "sizes": [[float(x), float(int(x * 2 ** (1 / 3))), float(int(x * 2 ** (2 / 3)))] for x in (32, 64, 128, 256, 512)],
     "octave_scales": [1.0],
-    "strides": "grid",
-    "center_offset": 0.0,
-    "rounding": "integer",
 }
+COMPAT: dict[str, Any] = {"anchor_spacing": "grid", "anchor_center_offset": 0.0, "anchor_rounding": "integer"}
 
 
 class Pair(NamedTuple):
     """torchvision's detector and ours, with the same weights."""
 
-    theirs: Any
+    reference: Any
     ours: RetinaNet
-    box: BoxLoss
+    box: BoxLossKind
     tower_step: int
-    """Modules of ours for each of a tower's convolutions."""
+    """Number of our modules per convolution of a tower."""
 
 
 class Unchanged(nn.Module):
-    """Stands for torchvision's transform: the network input comes as it is, and so do the detections."""
+    """Replaces torchvision's transform: images and detections stay unchanged."""
 
     def __init__(self, sizes: list[tuple[int, int]]) -> None:
         super().__init__()
@@ -56,8 +54,8 @@ class Unchanged(nn.Module):
         return result
 
 
-def randomise(model: Any, seed: int) -> None:
-    """Weights with which every layer matters and hundreds of objects of all classes are found."""
+def randomize(model: Any, seed: int) -> None:
+    """Set weights for which every layer matters and there are hundreds of detections of all classes."""
     torch.manual_seed(seed)
     images = torch.randn(2, 3, 128, 128)
     norms = [m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -104,7 +102,7 @@ def freeze_batch_norms(module: nn.Module) -> None:
 
 
 def our_name(key: str, tower_step: int) -> str:
-    """torchvision's name of a tensor to ours."""
+    """Convert torchvision's name of a tensor to ours."""
     key = key.replace("backbone.body.", "backbone.").replace("backbone.fpn.", "fpn.")
     key = re.sub(r"inner_blocks\.(\d)\.0", r"lateral.\1", key)
     key = re.sub(r"layer_blocks\.(\d)\.0", r"output.\1", key)
@@ -115,34 +113,37 @@ def our_name(key: str, tower_step: int) -> str:
 
 
 def v1() -> Pair:
-    theirs = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=CLASSES)
-    randomise(theirs, 0)
-    freeze_batch_norms(theirs)
-    overwrite_eps(theirs, 0.0)  # as torchvision does for its weights
+    reference = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=CLASSES)
+    randomize(reference, 0)
+    freeze_batch_norms(reference)
+    overwrite_eps(reference, 0.0)  # as torchvision does for its weights
     config = ModelConfig.model_validate(
-        {"norm": "frozen_bn", "norm_eps": 0.0, "trainable_layers": 5, "p6_from": "p5", "anchors": ANCHORS},
+        {
+            "norm": "frozen_bn", "trainable_layers": 5, "anchors": ANCHORS,
+            "compat": {**COMPAT, "norm_eps": 0.0, "p6_from": "p5"},
+        },
         strict=False,
-    )
+    )  # fmt: skip
     ours = build_model(config, CLASSES)
-    ours.load_state_dict({our_name(key, 2): value for key, value in theirs.state_dict().items()})
-    return Pair(theirs.eval(), ours.eval(), "l1", 2)
+    ours.load_state_dict({our_name(key, 2): value for key, value in reference.state_dict().items()})
+    return Pair(reference.eval(), ours.eval(), "l1", 2)
 
 
 def v2() -> Pair:
-    theirs = retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=CLASSES)
-    randomise(theirs, 1)
+    reference = retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=CLASSES)
+    randomize(reference, 1)
     config = ModelConfig.model_validate(
-        {"norm": "bn", "trainable_layers": 5, "p6_from": "c5", "head": {"norm": "gn"}, "anchors": ANCHORS},
+        {"norm": "bn", "trainable_layers": 5, "head": {"norm": "gn"}, "anchors": ANCHORS, "compat": COMPAT},
         strict=False,
     )
     ours = build_model(config, CLASSES)
-    ours.load_state_dict({our_name(key, 3): value for key, value in theirs.state_dict().items()})
-    return Pair(theirs.eval(), ours.eval(), "giou", 3)
+    ours.load_state_dict({our_name(key, 3): value for key, value in reference.state_dict().items()})
+    return Pair(reference.eval(), ours.eval(), "giou", 3)
 
 
 @pytest.fixture(scope="module", params=[v1, v2], ids=["v1", "v2"])
 def pair(request: pytest.FixtureRequest) -> Pair:
-    torch.manual_seed(0)  # whatever ran before in this process
+    torch.manual_seed(0)  # independent of earlier tests in this process
     made: Pair = request.param()
     return made
 
@@ -161,14 +162,14 @@ def padded_images(sizes: list[tuple[int, int]], padded: tuple[int, int]) -> Tens
     [
         ([(128, 128)], (128, 128)),
         ([(224, 301)], (224, 320)),  # no multiple of 128: uneven strides
-        ([(97, 130), (160, 101)], (161, 131)),  # odd, as nobody pads, but both must do the same
+        ([(97, 130), (160, 101)], (161, 131)),  # odd padded sizes, which neither uses, must agree too
     ],
 )
 def test_detections_equal_torchvisions(pair: Pair, sizes: list[tuple[int, int]], padded: tuple[int, int]) -> None:
     images = padded_images(sizes, padded)
-    pair.theirs.transform = Unchanged(sizes)
+    pair.reference.transform = Unchanged(sizes)
     with torch.no_grad():
-        expected = pair.theirs(images)
+        expected = pair.reference(images)
         found = postprocess(
             pair.ours.forward_normalized(images),
             torch.tensor(sizes),
@@ -177,40 +178,42 @@ def test_detections_equal_torchvisions(pair: Pair, sizes: list[tuple[int, int]],
             nms_thresh=0.5,
             detections_per_img=300,
         )
-    for ours, theirs in zip(found, expected, strict=True):
-        assert len(theirs["boxes"]) >= 200
-        assert len(theirs["labels"].unique()) == CLASSES
-        assert len(ours) == pytest.approx(len(theirs["boxes"]), rel=0.01)
-        assert compare(ours, theirs)[0] <= 0.01 * len(ours)  # near-ties of non-maximum suppression
+    for ours, reference in zip(found, expected, strict=True):
+        assert len(reference["boxes"]) >= 200
+        assert len(reference["labels"].unique()) == CLASSES
+        assert len(ours) == pytest.approx(len(reference["boxes"]), rel=0.01)
+        assert compare(ours, reference)[0] <= 0.01 * len(ours)  # near-ties of non-maximum suppression
 
 
-def compare(ours: Detections, theirs: dict[str, Tensor]) -> tuple[int, float, float]:
-    """Pair detections one to one within 1e-3 px and 1e-5: how many have no twin; the largest errors of the others."""
-    free = torch.ones(len(theirs["boxes"]), dtype=torch.bool)
-    without_twin, box_error, score_error = 0, 0.0, 0.0
+def compare(ours: Detections, reference: dict[str, Tensor]) -> tuple[int, float, float]:
+    """Match detections one to one within 1e-3 px and 1e-5: number of unmatched ones, largest errors of the others."""
+    free = torch.ones(len(reference["boxes"]), dtype=torch.bool)
+    unmatched, box_error, score_error = 0, 0.0, 0.0
     for box, score, label in zip(ours.boxes, ours.scores, ours.labels, strict=True):
-        distance = (theirs["boxes"] - box).abs().amax(dim=1)
-        off = (theirs["scores"] - score).abs()
-        fits = free & (distance <= 1e-3) & (off <= 1e-5) & (theirs["labels"] == label)
+        distance = (reference["boxes"] - box).abs().amax(dim=1)
+        off = (reference["scores"] - score).abs()
+        fits = free & (distance <= 1e-3) & (off <= 1e-5) & (reference["labels"] == label)
         if not fits.any():
-            without_twin += 1
+            unmatched += 1
             continue
-        twin = int(torch.where(fits, distance, torch.inf).argmin())
-        free[twin] = False
-        box_error, score_error = max(box_error, distance[twin].item()), max(score_error, off[twin].item())
-    return without_twin, box_error, score_error
+        match = int(torch.where(fits, distance, torch.inf).argmin())
+        free[match] = False
+        box_error, score_error = max(box_error, distance[match].item()), max(score_error, off[match].item())
+    return unmatched, box_error, score_error
 
 
-def test_comparison_notices_a_shifted_box_and_a_wrong_class() -> None:
-    """The test above rests on this."""
+def test_comparison_detects_a_shifted_box_and_a_wrong_class() -> None:
+    """The test above relies on this."""
     boxes = torch.tensor([[0.0, 0.0, 5.0, 5.0], [9.0, 9.0, 20.0, 20.0]])
     ours = Detections(boxes, torch.tensor([0.9, 0.8]), torch.tensor([0, 1]))
-    theirs = {"boxes": boxes, "scores": ours.scores, "labels": ours.labels}
-    assert compare(ours, theirs)[0] == 0
-    assert compare(ours, {**theirs, "boxes": boxes + 0.002})[0] == 2
-    assert compare(ours, {**theirs, "labels": torch.tensor([0, 0])})[0] == 1
-    assert compare(ours, {**theirs, "scores": ours.scores + 2e-5})[0] == 2
-    assert compare(ours, {key: value[:1].repeat(2, *[1] * (value.dim() - 1)) for key, value in theirs.items()})[0] == 1
+    reference = {"boxes": boxes, "scores": ours.scores, "labels": ours.labels}
+    assert compare(ours, reference)[0] == 0
+    assert compare(ours, {**reference, "boxes": boxes + 0.002})[0] == 2
+    assert compare(ours, {**reference, "labels": torch.tensor([0, 0])})[0] == 1
+    assert compare(ours, {**reference, "scores": ours.scores + 2e-5})[0] == 2
+    assert (
+        compare(ours, {key: value[:1].repeat(2, *[1] * (value.dim() - 1)) for key, value in reference.items()})[0] == 1
+    )
 
 
 def random_objects(n: int, size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
@@ -227,13 +230,13 @@ def test_losses_and_gradients_of_all_parameters_equal_torchvisions(pair: Pair, c
     size = (96, 128)
     images = padded_images([size] * len(counts), size)
     objects = [random_objects(n, size, seed) for seed, n in enumerate(counts)]
-    pair.theirs.transform = Unchanged([size] * len(counts))
-    pair.theirs.zero_grad()
-    pair.theirs.training = True  # of the outermost module only: losses instead of detections, statistics as they are
+    pair.reference.transform = Unchanged([size] * len(counts))
+    pair.reference.zero_grad()
+    pair.reference.training = True  # of the outermost module only: losses instead of detections, statistics as they are
     try:
-        expected = pair.theirs(images, [{"boxes": boxes, "labels": labels} for boxes, labels in objects])
+        expected = pair.reference(images, [{"boxes": boxes, "labels": labels} for boxes, labels in objects])
     finally:
-        pair.theirs.training = False
+        pair.reference.training = False
     torch.autograd.backward(expected["classification"] + expected["bbox_regression"])
 
     targets = Targets(
@@ -243,18 +246,20 @@ def test_losses_and_gradients_of_all_parameters_equal_torchvisions(pair: Pair, c
     )
     pair.ours.zero_grad()
     outputs = pair.ours.forward_normalized(images)
-    found = RetinaNetLoss(box=pair.box, normalizer="per_image", low_quality_matches=True)(outputs, targets)
+    found = RetinaNetLoss(box=pair.box, normalizer="per_image", assigner=MaxIoUAssigner(low_quality_matches=True))(
+        outputs, targets
+    )
     torch.autograd.backward(found["loss_cls"] + found["loss_box"])
 
     torch.testing.assert_close(found["loss_cls"], expected["classification"], rtol=1e-5, atol=0)
     torch.testing.assert_close(found["loss_box"], expected["bbox_regression"], rtol=1e-5, atol=0)
     own = dict(pair.ours.named_parameters())
-    for name, parameter in pair.theirs.named_parameters():
-        ours, theirs = own.pop(our_name(name, pair.tower_step)).grad, parameter.grad
+    for name, parameter in pair.reference.named_parameters():
+        ours, reference = own.pop(our_name(name, pair.tower_step)).grad, parameter.grad
         assert ours is not None, name
-        assert theirs is not None, name
-        assert (theirs.norm() > 0) == (sum(counts) > 0 or "regression_head" not in name), name
-        assert (ours - theirs).norm() <= 1e-3 * theirs.norm(), name
+        assert reference is not None, name
+        assert (reference.norm() > 0) == (sum(counts) > 0 or "regression_head" not in name), name
+        assert (ours - reference).norm() <= 1e-3 * reference.norm(), name
     assert not own
 
 
@@ -266,7 +271,7 @@ def small_config(**settings: Any) -> ModelConfig:
 @pytest.mark.parametrize("size", [(1, 1), (32, 96), (128, 256), (33, 190), (161, 99), (224, 320)])
 @pytest.mark.parametrize("p6_from", ["c5", "p5"])
 def test_pyramid_grids_are_those_of_the_real_feature_maps(size: tuple[int, int], p6_from: str) -> None:
-    model = build_model(small_config(p6_from=p6_from), 2).eval()
+    model = build_model(small_config(compat={"p6_from": p6_from}), 2).eval()
     with torch.no_grad():
         features = model.fpn(model.backbone(torch.zeros(1, 3, *size)))
         outputs = model.forward_normalized(torch.zeros(1, 3, *size))
@@ -275,8 +280,8 @@ def test_pyramid_grids_are_those_of_the_real_feature_maps(size: tuple[int, int],
     assert outputs.all_box_deltas().shape == (1, len(outputs.anchors), 4)
 
 
-def test_every_output_looks_at_its_own_anchor() -> None:
-    """A lone bright spot changes the logits of the anchors around it most."""
+def test_every_output_belongs_to_its_own_anchor() -> None:
+    """A single bright spot changes the logits of the anchors around it most."""
     torch.manual_seed(0)
     model = build_model(small_config(head={"depth": 0}), 1).eval()
     with torch.no_grad():
@@ -291,7 +296,7 @@ def test_every_output_looks_at_its_own_anchor() -> None:
     assert abs(y - 64) < 24
 
 
-def test_padding_is_zero_after_normalising_whatever_was_in_it() -> None:
+def test_padding_is_zero_after_normalization_whatever_its_values_were() -> None:
     model = build_model(small_config(), 2)
     images = torch.full((2, 3, 32, 64), 200, dtype=torch.uint8)
     sizes = torch.tensor([[32, 64], [10, 20]])
@@ -307,7 +312,7 @@ def test_padding_is_zero_after_normalising_whatever_was_in_it() -> None:
     assert torch.equal(model.normalize(last, sizes), normalized)
 
 
-def test_training_and_evaluation_give_the_same_outputs_where_nothing_normalises_by_batch() -> None:
+def test_training_and_evaluation_give_the_same_outputs_without_batch_statistics() -> None:
     torch.manual_seed(0)
     model = build_model(small_config(norm="gn"), 2)
     images = torch.randn(1, 3, 64, 64)
@@ -347,7 +352,7 @@ def test_heads_of_any_depth_and_width_are_built(depth: int, channels: int | None
     assert model.box_subnet.predictor.out_channels == 36
 
 
-def test_relu_before_p7_is_a_choice() -> None:
+def test_relu_before_p7_is_optional() -> None:
     torch.manual_seed(0)
     model = build_model(small_config(), 2).eval()
     features = [torch.randn(1, c, s, s) for c, s in zip((128, 256, 512), (16, 8, 4), strict=True)]
@@ -359,7 +364,7 @@ def test_relu_before_p7_is_a_choice() -> None:
     assert not torch.equal(with_relu[4], without[4])
 
 
-def test_torchvisions_boxes_are_worth_comparing(pair: Pair) -> None:
+def test_the_compared_boxes_and_scores_vary(pair: Pair) -> None:
     """Random weights must give boxes that differ from their anchors, and scores that differ from each other."""
     images = padded_images([(128, 128)], (128, 128))
     with torch.no_grad():
@@ -372,10 +377,10 @@ def test_torchvisions_boxes_are_worth_comparing(pair: Pair) -> None:
 
 @pytest.mark.parametrize("shape", [(64, 32), (96, 64), (32, 96), (160, 32), (256, 128), (192, 96)])
 @pytest.mark.parametrize("p6_from", ["c5", "p5"])
-def test_narrow_pictures_in_bf16_give_the_features_and_gradients_of_fp32(p6_from: str, shape: tuple[int, int]) -> None:
-    """P6 or P7 is computed from one or two columns of cells there, where oneDNN would use unwritten memory."""
+def test_narrow_images_in_bf16_give_the_features_and_gradients_of_fp32(p6_from: str, shape: tuple[int, int]) -> None:
+    """P6 or P7 is computed from one or two columns of cells there, for which oneDNN would use uninitialized memory."""
     torch.manual_seed(0)
-    config = ModelConfig(backbone="resnet18", backbone_weights="none", norm="bn", p6_from=p6_from)  # type: ignore[arg-type]
+    config = small_config(fpn_channels=256, head={}, compat={"p6_from": p6_from})
     fpn = build_model(config, 1).fpn
     features = [torch.randn(2, c, -(-shape[0] // s), -(-shape[1] // s)) for c, s in ((128, 8), (256, 16), (512, 32))]
     results = []
@@ -394,13 +399,13 @@ def test_narrow_pictures_in_bf16_give_the_features_and_gradients_of_fp32(p6_from
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (128, 32), (32, 48)])
-def test_a_backbone_in_bf16_sees_in_the_narrowest_pictures_what_it_sees_in_fp32(shape: tuple[int, int]) -> None:
+def test_a_backbone_in_bf16_gives_the_features_of_fp32_for_the_narrowest_images(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     backbone = build_model(ModelConfig(backbone="resnet18", backbone_weights="none", norm="gn"), 1).backbone
-    pictures = torch.randn(2, 3, *shape)
+    images = torch.randn(2, 3, *shape)
     with torch.no_grad():
-        exact = backbone(pictures)
+        exact = backbone(images)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            low_precision = backbone(pictures)
+            low_precision = backbone(images)
     for a, b in zip(exact, low_precision, strict=True):
         assert (a - b).abs().max() <= 0.1 * a.abs().max()

@@ -1,9 +1,11 @@
-"""How far apart two ways of doing the same steps end, for several seeds: with ReLUs, without their kinks, in double precision.
+"""How far apart two ways of doing the same steps end, for several seeds: with ReLUs, without their kinks, in double
+precision.
 
     OMP_NUM_THREADS=1 python -m tests.oracles.kinks --seeds 0 1 2 3 4 5 6 7
 
-40 runs of 20 steps each way, twice over, in some 20 minutes. A figure is the largest difference of a weight as a share of what
-`tests/training/test_distributed.py` allows it; `largest` is the largest as a share of its tensor's largest entry.
+40 runs of 20 steps each way, twice over, in some 20 minutes. A figure is the largest difference of a weight as a share
+of what `tests/training/test_distributed.py` allows it; `largest` is the largest as a share of its tensor's largest
+entry.
 """
 
 from __future__ import annotations

@@ -31,11 +31,12 @@ from torchvision.ops import sigmoid_focal_loss
 from detector.assign import max_iou as matching
 from detector.datasets import images
 from detector.losses import class_loss
-from detector.models import backbone, fpn
+from detector.models import fpn, resnet
 from tools.train import main as train
 
 SETTINGS = (
-    "train.precision=fp32", "train.channels_last=false", "train.compile=false", "data.scaled_decode=false", "data.cache_gb=0", "data.cache_folder=null",
+    "train.precision=fp32", "train.channels_last=false", "train.compile=false", "data.scaled_decode=false",
+    "data.cache_gb=0", "data.cache_folder=null",
     "data.num_workers=0",  # processes of their own might not know what is replaced
 )  # fmt: skip
 
@@ -64,22 +65,22 @@ def autograd_focal_loss(
 
 
 def layer_by_layer(conv: nn.Module, norm: nn.Module, x: Tensor, *, relu: bool = False) -> Tensor:
-    """In place of `backbone.normed_conv`."""
+    """In place of `resnet.normed_conv`."""
     out: Tensor = norm(conv(x))
     return F.relu(out) if relu else out
 
 
 def plus_enlarged(fine: Tensor, coarse: Tensor) -> Tensor:
-    """In place of `fpn._plus_enlarged`."""
+    """In place of `fpn._add_upsampled`."""
     return fine + F.interpolate(coarse, size=fine.shape[-2:], mode="nearest")
 
 
 REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (matching, "_windows", every_pair),
     (class_loss, "dense_focal_loss", autograd_focal_loss),
-    (backbone, "normed_conv", layer_by_layer),
-    (fpn, "_plus_enlarged", plus_enlarged),
-    (images, "_usual_jpeg", lambda *_: None),
+    (resnet, "normed_conv", layer_by_layer),
+    (fpn, "_add_upsampled", plus_enlarged),
+    (images, "_decode_jpeg", lambda *_: None),
 )
 
 

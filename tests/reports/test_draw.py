@@ -14,7 +14,6 @@ from PIL import Image, ImageChops
 from detector.reports.draw import (
     MAX_COVER,
     class_color,
-    contact_sheet,
     draw_boxes,
     draw_detections,
     place_labels,
@@ -39,7 +38,7 @@ def detections(boxes: Any, labels: list[int], scores: list[float]) -> Detections
     return Detections(torch.as_tensor(boxes, dtype=torch.float32), torch.tensor(scores), torch.tensor(labels))
 
 
-def test_without_boxes_the_picture_comes_back_unchanged() -> None:
+def test_without_boxes_the_image_is_returned_unchanged() -> None:
     for image in (photo(), photo(50, 30), Image.fromarray(photo())):
         for scores in (None, np.zeros(0)):
             drawn = draw_boxes(image, NO_BOXES, np.zeros(0, dtype=int), NAMES, scores=scores)
@@ -49,7 +48,7 @@ def test_without_boxes_the_picture_comes_back_unchanged() -> None:
     np.testing.assert_array_equal(np.asarray(drawn), photo())
 
 
-def test_a_title_is_set_above_the_picture_and_not_on_it() -> None:
+def test_a_title_is_drawn_above_the_image_and_not_on_it() -> None:
     drawn = np.asarray(draw_boxes(photo(), [], [], NAMES, title="epoch 3"))
     assert drawn.shape[1] == 640
     np.testing.assert_array_equal(drawn[-600:], photo())
@@ -60,14 +59,16 @@ def test_the_input_is_not_modified() -> None:
     image, boxes = photo(), some_boxes(5)
     before, before_boxes = image.copy(), boxes.copy()
     pil = Image.fromarray(image)
-    for picture in (image, pil):
-        draw_boxes(picture, boxes, [0] * 5, NAMES, scores=[0.5] * 5, ignore_boxes=boxes[:2], title="t")
-        np.testing.assert_array_equal(np.asarray(picture), before)
+    for source in (image, pil):
+        draw_boxes(source, boxes, [0] * 5, NAMES, scores=[0.5] * 5, ignore_boxes=boxes[:2], title="t")
+        np.testing.assert_array_equal(np.asarray(source), before)
     np.testing.assert_array_equal(boxes, before_boxes)
 
 
 @pytest.mark.parametrize(("size", "factor"), [((640, 600), 1), ((560, 20), 1), ((100, 80), 6), ((1, 1), 560)])
-def test_small_pictures_grow_by_a_whole_factor_and_others_keep_their_size(size: tuple[int, int], factor: int) -> None:
+def test_small_images_are_enlarged_by_an_integer_factor_and_others_keep_their_size(
+    size: tuple[int, int], factor: int
+) -> None:
     drawn = draw_boxes(photo(*size), [[0, 0, 0.8 * size[0], 0.8 * size[1]]], [0], ["a"], scores=[1.0])
     assert drawn.mode == "RGB"
     assert drawn.width == size[0] * factor
@@ -81,7 +82,7 @@ def test_any_pillow_mode_gives_rgb(mode: str) -> None:
     assert (drawn.mode, drawn.size) == ("RGB", (640, 600))
 
 
-def test_numpy_and_torch_boxes_give_the_same_picture() -> None:
+def test_numpy_and_torch_boxes_give_the_same_image() -> None:
     boxes, labels, scores = some_boxes(6), [0, 1, 2, 0, 1, 2], np.linspace(0, 1, 6)
     a = draw_boxes(photo(), boxes, np.array(labels), NAMES, scores=scores)
     b = draw_boxes(
@@ -90,20 +91,20 @@ def test_numpy_and_torch_boxes_give_the_same_picture() -> None:
     assert a.tobytes() == b.tobytes()
 
 
-def test_an_object_is_not_painted_over_by_its_own_frame() -> None:
+def test_an_object_is_not_covered_by_its_own_frame() -> None:
     drawn = np.asarray(draw_boxes(photo(), [[100, 100, 110, 110]], [0], NAMES, scores=[0.5]))
     np.testing.assert_array_equal(drawn[100:110, 100:110], photo()[100:110, 100:110])
     assert (drawn[95:115, 95:115] == class_color(0)).all(axis=2).any()
 
 
-def test_the_better_detection_lies_on_top_whatever_the_order() -> None:
+def test_the_detection_with_the_higher_score_is_on_top_in_any_order() -> None:
     box = [200, 200, 400, 400]
     for labels, scores in (([0, 1], [0.9, 0.2]), ([1, 0], [0.2, 0.9])):
         drawn = np.asarray(draw_boxes(photo(), [box, box], labels, NAMES, scores=scores))
         np.testing.assert_array_equal(drawn[300, 198], class_color(0))
 
 
-def test_lines_and_letters_grow_with_the_picture() -> None:
+def test_lines_and_letters_scale_with_the_image() -> None:
     gray = np.full((600, 600, 3), 128, dtype=np.uint8)
     small = draw_boxes(gray, [[100, 100, 500, 500]], [0], NAMES)
     large = draw_boxes(gray.repeat(5, axis=0).repeat(5, axis=1), [[500, 500, 2500, 2500]], [0], NAMES)
@@ -111,11 +112,11 @@ def test_lines_and_letters_grow_with_the_picture() -> None:
     assert changed_large == pytest.approx(changed_small, rel=0.35)
 
 
-def test_ground_truth_looks_other_than_detections() -> None:
+def test_ground_truth_is_drawn_differently_from_detections() -> None:
     box = [[100, 100, 300, 300]]
-    truth = draw_boxes(photo(), box, [0], ["a longer name"])
-    found = draw_boxes(photo(), box, [0], ["a longer name"], scores=[1.0])
-    filled = [(np.asarray(p)[80:100] == class_color(0)).all(axis=2).sum() for p in (truth, found)]
+    ground_truth = draw_boxes(photo(), box, [0], ["a longer name"])
+    detected = draw_boxes(photo(), box, [0], ["a longer name"], scores=[1.0])
+    filled = [(np.asarray(p)[80:100] == class_color(0)).all(axis=2).sum() for p in (ground_truth, detected)]
     assert filled[0] < filled[1] / 2
 
 
@@ -136,17 +137,23 @@ def test_degenerate_and_crossing_boxes_are_drawn(box: list[float]) -> None:
     assert (np.asarray(drawn) == class_color(0)).all(axis=2).any()
 
 
-def test_boxes_outside_are_left_out() -> None:
+def test_boxes_outside_the_image_are_not_drawn() -> None:
     boxes = [[-50, 0, -10, 40], [700, 0, 900, 40], [0, -9, 40, -5], [0, 601, 40, 700]]
     drawn = draw_boxes(photo(), boxes, [0, 1, 2, 0], NAMES, scores=[0.1, 0.2, 0.3, 0.4])
     np.testing.assert_array_equal(np.asarray(drawn), photo())
 
 
-NASTY = ["", " ", "\n", "glóbulo rojo", "中文名字", "x" * 10_000, "🦁", "\ud800", "a\x00b", "مرحبا", "?", "-"]
+UNUSUAL_NAMES = ["", " ", "\n", "glóbulo rojo", "中文名字", "x" * 10_000, "🦁", "\ud800", "a\x00b", "مرحبا", "?", "-"]
 
 
 def test_any_class_name_can_be_drawn() -> None:
-    drawn = draw_boxes(photo(), some_boxes(len(NASTY)), range(len(NASTY)), NASTY, title="\n".join(NASTY))
+    drawn = draw_boxes(
+        photo(),
+        some_boxes(len(UNUSUAL_NAMES)),
+        range(len(UNUSUAL_NAMES)),
+        UNUSUAL_NAMES,
+        title="\n".join(UNUSUAL_NAMES),
+    )
     assert drawn.width == 640
 
 
@@ -159,18 +166,18 @@ def test_accents_are_dropped_and_unreadable_names_become_their_label() -> None:
     assert label("x" * 300) == label("x" * 200)
 
 
-def test_a_crowd_gets_a_legend_with_its_classes_and_a_lone_box_does_not() -> None:
+def test_many_objects_get_a_legend_with_their_classes_and_a_single_one_does_not() -> None:
     grid = np.stack(np.meshgrid(np.arange(10), np.arange(10)), axis=-1).reshape(-1, 2) * 22.0 + 200
-    crowd = np.concatenate([grid, grid + 20], axis=1)
+    boxes = np.concatenate([grid, grid + 20], axis=1)
     labels = np.arange(100) % 3
-    drawn = draw_boxes(photo(), crowd, labels, NAMES, scores=np.linspace(0, 1, 100))
+    drawn = draw_boxes(photo(), boxes, labels, NAMES, scores=np.linspace(0, 1, 100))
     assert drawn.height > 600
     legend = np.asarray(drawn)[600:]
     assert all((legend == class_color(k)).all(axis=2).any() for k in range(3))
-    assert draw_boxes(photo(), crowd[:1], labels[:1], NAMES).height == 600
+    assert draw_boxes(photo(), boxes[:1], labels[:1], NAMES).height == 600
 
 
-def test_a_legend_of_too_many_classes_stays_low() -> None:
+def test_a_legend_of_too_many_classes_has_a_limited_height() -> None:
     names = [f"class number {i}" for i in range(500)]
     drawn = draw_boxes(photo(), some_boxes(500, side=5), np.arange(500), names)
     assert 600 < drawn.height < 900
@@ -187,7 +194,7 @@ def overlap(a: NDArray[Any], b: NDArray[Any]) -> float:
     width=st.integers(1, 250),
     height=st.integers(1, 30),
 )
-def test_labels_stay_in_the_picture_apart_from_each_other_and_off_the_objects(
+def test_labels_stay_inside_the_image_and_cover_neither_each_other_nor_objects(
     corners: list[tuple[int, int, int, int]], width: int, height: int
 ) -> None:
     boxes = np.array([[min(a, c), min(b, d), max(a, c), max(b, d)] for a, b, c, d in corners], float).reshape(-1, 4)
@@ -204,13 +211,13 @@ def test_labels_stay_in_the_picture_apart_from_each_other_and_off_the_objects(
             assert overlap(label, box) <= MAX_COVER * max(1.0, (box[2:] - box[:2]).prod()) + 1e-6
 
 
-def test_the_first_choice_is_above_the_box_with_the_whole_text() -> None:
+def test_the_first_choice_is_the_whole_text_above_the_box() -> None:
     choice, placed = place_labels(np.array([[50.0, 50, 150, 150]]), np.array([[40.0, 20]]), 12, (200, 200))
     assert choice.tolist() == [0]
     assert placed.tolist() == [[50, 38, 90, 50]]
 
 
-def test_a_label_is_shortened_or_left_out_rather_than_hide_a_neighbour() -> None:
+def test_a_label_is_shortened_or_omitted_rather_than_hide_a_neighbour() -> None:
     neighbours = [[x, y, x + 20.0, y + 20] for x in (0, 21, 42) for y in (0, 21, 42) if (x, y) != (21, 21)]
     boxes = np.array([[21, 21, 41, 41], *neighbours])
     assert place_labels(boxes, np.full((9, 1), 20.0), 15, (300, 300))[0][0] == -1
@@ -250,7 +257,7 @@ def test_neighbouring_labels_differ_in_colour_and_each_is_bright_and_repeatable(
         ({"image": np.zeros((0, 5, 3), np.uint8)}, "image must be uint8"),
     ],
 )
-def test_bad_input_is_refused_with_the_rule_it_breaks(change: dict[str, Any], message: str) -> None:
+def test_invalid_input_is_refused_with_the_rule_it_breaks(change: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"image": photo(), "boxes": [[0, 0, 5, 5], [1, 1, 9, 9]], "labels": [0, 1], "names": NAMES}
     draw_boxes(**good)
     with pytest.raises(ValueError, match=message):
@@ -273,31 +280,15 @@ def test_a_detection_without_a_finite_score_is_refused_whatever_the_threshold() 
 
 @pytest.mark.parametrize("n", [0, 1, 40])
 @pytest.mark.parametrize("size", [(640, 600), (90, 60)])
-def test_side_by_side_has_the_truth_left_and_the_detections_right(n: int, size: tuple[int, int]) -> None:
-    truth = some_boxes(n, high=60, side=20)
-    sheet = side_by_side(photo(*size), detections(NO_BOXES, [], []), truth, [1] * n, NAMES)
+def test_side_by_side_has_the_ground_truth_left_and_the_detections_right(n: int, size: tuple[int, int]) -> None:
+    boxes = some_boxes(n, high=60, side=20)
+    sheet = side_by_side(photo(*size), detections(NO_BOXES, [], []), boxes, [1] * n, NAMES)
     half = sheet.width // 2
     left, right = np.asarray(sheet)[:, :half], np.asarray(sheet)[:, half:]
     assert (left == class_color(1)).all(axis=2).any() == (n > 0)
     assert not (right == class_color(1)).all(axis=2).any()
-    flipped = side_by_side(photo(*size), detections(truth, [1] * n, [0.9] * n), NO_BOXES, [], NAMES)
+    flipped = side_by_side(photo(*size), detections(boxes, [1] * n, [0.9] * n), NO_BOXES, [], NAMES)
     assert (np.asarray(flipped)[:, half:] == class_color(1)).all(axis=2).any() == (n > 0)
-
-
-@pytest.mark.parametrize(("n", "columns", "width"), [(1, 1, 300), (1, 4, 801), (5, 3, 1000), (6, 3, 37)])
-def test_a_contact_sheet_has_the_width_asked_for_and_every_picture(n: int, columns: int, width: int) -> None:
-    pictures = [Image.new("RGB", (80 + 30 * k, 100), class_color(k)) for k in range(n)]
-    sheet = contact_sheet(pictures, columns=columns, width=width)
-    assert (sheet.width, sheet.mode) == (width, "RGB")
-    assert all((np.asarray(sheet) == class_color(k)).all(axis=2).any() for k in range(n))
-    assert pictures[0].size == (80, 100)
-
-
-def test_an_impossible_contact_sheet_is_refused() -> None:
-    picture = Image.new("RGB", (10, 10))
-    for pictures, columns, width in (([], 1, 100), ([picture], 0, 100), ([picture], 100, 50)):
-        with pytest.raises(ValueError, match="contact_sheet must get at least"):
-            contact_sheet(pictures, columns=columns, width=width)
 
 
 def test_a_megapixel_with_a_hundred_boxes_takes_less_than_150_ms() -> None:

@@ -1,4 +1,4 @@
-"""Who holds the loss: counted by hand, and by the tools."""
+"""Loss concentration: against values computed by hand, and by the tools."""
 
 from __future__ import annotations
 
@@ -18,34 +18,23 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detector.checkpoint import load_checkpoint, save_checkpoint
-from detector.datasets.coco import read_coco
 from detector.datasets.loader import DetectionDataset, build_loader
-from detector.evaluation.evaluate import eval_keys
+from detector.datasets.opening import read_coco
+from detector.evaluation.dataset_loop import eval_keys
 from detector.inference.predictor import model_of
 from detector.losses import ClassLoss, RetinaNetLoss, build_loss, sigmoid_focal_loss
+from detector.losses.retinanet import Normalizers
 from detector.reports import loss_analysis as module
-from detector.reports.loss_analysis import (
-    Examples,
-    ImageEntries,
-    calibration,
-    collect_examples,
-    cumulate,
-    focal_losses,
-    loss_holders,
-    loss_table,
-    not_as_trained,
-    thinned_out,
-    write_analysis,
-)
+from detector.reports import plots
+from detector.reports.loss_analysis import curve_to_json, loss_concentration, loss_notes, write_analysis
+from detector.reports.loss_examples import Examples, ImageEntries, collect_examples, subsample
+from detector.reports.loss_statistics import CumulativeLoss, calibration, cumulate, focal_losses, loss_table
 from detector.structures import HeadOutputs
 from detector.training.train import train
 from tests.conftest import Run
 from tests.tiny import TinyData, images_of, last_checkpoint, tiny_config, write_coco
-from tools import plot_losses
 from tools.analyze_loss import main as analyze
-from tools.benchmarks.diagnostics import costs
-from tools.benchmarks.diagnostics import main as diagnostics
-from tools.plot_losses import main as plot
+from tools.plot import main as plot
 
 CPU = torch.device("cpu")
 
@@ -53,16 +42,16 @@ CPU = torch.device("cpu")
 LN2 = math.log(2)
 
 
-def made(x_t: list[float], positive: list[bool]) -> Examples:
+def make_examples(x_t: list[float], positive: list[bool]) -> Examples:
     n = len(x_t)
     zeros, ones = np.zeros(n, np.int64), np.ones(n)
     return Examples(np.array(x_t, np.float32), np.array(positive), zeros, zeros, ones, ones)
 
 
 def six() -> Examples:
-    """Two positives and four negatives that stand for a hundred, of two classes (a, b) and two levels (P3, P4).
+    """Two positives and four negatives that represent a hundred, of two classes (a, b) and two levels (P3, P4).
 
-    With p_t 1/2 and 1/4, 1/2, 3/4, 0.91 and 0.99; negatives score 1 - p_t.
+    Their p_t are 1/2 and 1/4; 1/2, 3/4, 0.91 and 0.99. Negatives score 1 - p_t.
     """
     p_t = np.array([1 / 2, 1 / 4, 1 / 2, 3 / 4, 0.91, 0.99])
     return Examples(
@@ -92,17 +81,17 @@ def test_the_losses_are_the_focal_losses(gamma: float) -> None:
 
 def test_the_share_of_the_hardest_is_counted_from_the_end() -> None:
     losses = np.array([1.0, 4.0, 2.0, 3.0])
-    cumulated = cumulate(losses, np.ones(4))
-    assert cumulated.held_by_hardest(0.25) == pytest.approx(0.4)
-    assert cumulated.held_by_hardest(0.5) == pytest.approx(0.7)
-    assert cumulated.held_by_hardest(1.0) == pytest.approx(1.0)
-    double = cumulate(losses, np.array([1.0, 2.0, 1.0, 1.0]))  # the hardest stands for two
-    assert double.held_by_hardest(0.4) == pytest.approx(8 / 14)
-    assert cumulate(np.zeros(0), np.zeros(0)).held_by_hardest(0.5) == 0
-    assert cumulate(np.zeros(3), np.ones(3)).held_by_hardest(0.5) == 0
+    cumulative = cumulate(losses, np.ones(4))
+    assert cumulative.share_of_hardest(0.25) == pytest.approx(0.4)
+    assert cumulative.share_of_hardest(0.5) == pytest.approx(0.7)
+    assert cumulative.share_of_hardest(1.0) == pytest.approx(1.0)
+    double = cumulate(losses, np.array([1.0, 2.0, 1.0, 1.0]))  # the hardest represents two
+    assert double.share_of_hardest(0.4) == pytest.approx(8 / 14)
+    assert cumulate(np.zeros(0), np.zeros(0)).share_of_hardest(0.5) == 0
+    assert cumulate(np.zeros(3), np.ones(3)).share_of_hardest(0.5) == 0
 
 
-def test_the_table_tells_of_every_side_of_every_class_and_level() -> None:
+def test_the_table_has_both_sides_of_every_class_and_level() -> None:
     table = loss_table(six(), gammas=[0.0, 2.0], names=["a", "b"])
     rows = {(r.group, r.gamma, r.side): r for r in table}
     assert {g for g, _, _ in rows} == {"all", "a", "b", "P3", "P4"}
@@ -127,21 +116,21 @@ def test_the_table_tells_of_every_side_of_every_class_and_level() -> None:
     assert loss_table(unweighted, gammas=[0.0], names=["a", "b"])[0].ratio is None
 
 
-def test_a_class_may_be_named_like_another_group(tmp_path: Path) -> None:
+def test_a_class_may_have_the_name_of_another_group(tmp_path: Path) -> None:
     lines = write_analysis(six(), ClassLoss(), names=["all", "P3"], gammas=[2.0], output_dir=tmp_path)
-    assert len(lines) == 4, "how much was looked at, a head, one line for the gamma, the calibration"
+    assert len(lines) == 4, "number of entries, table head, one line for the gamma, calibration"
     with (tmp_path / "loss.csv").open() as file:
         places = [(row["kind"], row["group"], row["side"]) for row in csv.DictReader(file)]
     assert len(set(places)) == len(places) == 5 * 2
 
 
-def test_what_is_written_is_what_was_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_results_equal_values_computed_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: dict[str, Any] = {}
     monkeypatch.setattr(module, "save", lambda figure, path: figures.update({path.name: figure}))
     loss = ClassLoss(alpha=[3.0, 5.0], negative_weight=0.5)
-    lines = write_analysis(six(), loss, names=["a", "b"], gammas=[0.0, 2.0], output_dir=tmp_path, notes=["so"])
+    lines = write_analysis(six(), loss, names=["a", "b"], gammas=[0.0, 2.0], output_dir=tmp_path, notes=["a note"])
     assert lines[:2] == [
-        "so", "looked at all 2 positive entries (an anchor and a class) and a sample of 4 of the 100 negative ones",
+        "a note", "analyzed all 2 positive entries (an anchor and a class) and a sample of 4 of the 100 negative ones",
     ]  # fmt: skip
     ratio = {g: sum(OF_POSITIVES[g]) / sum(OF_NEGATIVES[g]) for g in (0.0, 2.0)}
     assert [line.split()[-1] for line in lines[3:5]] == [f"{ratio[0]:.3g}", f"{ratio[2]:.3g}"]
@@ -149,7 +138,7 @@ def test_what_is_written_is_what_was_counted(tmp_path: Path, monkeypatch: pytest
     record: dict[str, Any] = json.loads((tmp_path / "loss.json").read_text())
     assert record["alpha"] == {"a": 3, "b": 5}
     assert record["negative_weight"] == 0.5
-    assert record["looked_at"] == {"positive": {"entries": 2, "of": 2}, "negative": {"entries": 4, "of": 100}}
+    assert record["analyzed"] == {"positive": {"entries": 2, "of": 2}, "negative": {"entries": 4, "of": 100}}
     last = record["rows"][-1]
     assert (last["group"], last["gamma"], last["side"]) == ("P4", 2.0, "negative")
     assert last["ratio"] == pytest.approx(OF_POSITIVES[2][1] / sum(OF_NEGATIVES[2][1:3]), rel=1e-5)
@@ -189,21 +178,21 @@ def test_what_is_written_is_what_was_counted(tmp_path: Path, monkeypatch: pytest
     }  # fmt: skip
 
 
-def test_curves_of_json_have_at_most_a_hundred_points_and_end_where_the_long_ones_do() -> None:
+def test_curves_in_json_have_at_most_a_hundred_points_and_the_same_end() -> None:
     x = np.linspace(0.001, 1, 5000)
-    points = module.as_points(module.Cumulated(x, x**9), 100)
+    points = curve_to_json(CumulativeLoss(x, x**9))
     assert 65 < len(points["loss"]) <= 100
     assert (points["examples"][-1], points["loss"][-1]) == (1, 1)
 
 
-def test_tensorboard_gets_what_was_counted() -> None:
-    found = loss_holders(six(), ClassLoss(gamma=2.0))
+def test_the_record_for_tensorboard_equals_values_computed_by_hand() -> None:
+    found = loss_concentration(six(), ClassLoss(gamma=2.0))
     hardest = OF_NEGATIVES[2][3] / sum(OF_NEGATIVES[2])  # a tenth of the negatives
     others = OF_NEGATIVES[2][2] / sum(OF_NEGATIVES[2])  # the next fifth
-    assert found.values == pytest.approx(
+    assert found.scalars == pytest.approx(
         {
             "calibration_error": 11.45 / 62,
-            "positive_loss_of_hardest_0.1_percent": 0.002 * 15 / 17,  # of the harder half, which holds 15 of 17
+            "positive_loss_of_hardest_0.1_percent": 0.002 * 15 / 17,  # of the harder half, which has 15 of 17
             "positive_loss_of_hardest_1_percent": 0.02 * 15 / 17,
             "positive_loss_of_hardest_10_percent": 0.2 * 15 / 17,
             "positive_loss_of_hardest_20_percent": 0.4 * 15 / 17,
@@ -215,13 +204,13 @@ def test_tensorboard_gets_what_was_counted() -> None:
         },
         rel=1e-5,
     )
-    np.testing.assert_allclose(found.p_t["positives"], [1 / 2, 1 / 4], rtol=1e-6)
-    np.testing.assert_allclose(found.p_t["negatives"], [1 / 2, 3 / 4, 0.91, 0.99], rtol=1e-6)
-    assert set(loss_holders(six().where(~six().positive), ClassLoss()).values) == {"calibration_error"}
+    np.testing.assert_allclose(found.histograms["positives"], [1 / 2, 1 / 4], rtol=1e-6)
+    np.testing.assert_allclose(found.histograms["negatives"], [1 / 2, 3 / 4, 0.91, 0.99], rtol=1e-6)
+    assert set(loss_concentration(six().select(~six().positive), ClassLoss()).scalars) == {"calibration_error"}
 
 
-def test_tensorboards_figures_are_the_curves_of_several_gammas_the_runs_own_among_them() -> None:
-    found = loss_holders(six(), ClassLoss(gamma=3.0))
+def test_figures_for_tensorboard_have_curves_of_several_gammas_and_the_runs_own() -> None:
+    found = loss_concentration(six(), ClassLoss(gamma=3.0))
     both = found.figures["cumulative_loss"].axes
     gammas = ["0", "0.5", "1", "2", "3", "5"]
     assert [[line.get_label() for line in axes.lines] for axes in both] == [[f"gamma {g}" for g in gammas]] * 2
@@ -230,35 +219,38 @@ def test_tensorboards_figures_are_the_curves_of_several_gammas_the_runs_own_amon
     points = found.figures["calibration"].axes[0].lines[1].get_ydata()
     np.testing.assert_allclose(points[~np.isnan(points)], [0, 1 / 21, 1 / 11], atol=1e-6)
     assert [line.split()[0] for line in found.text[2:8]] == gammas
-    assert "that was ghm on a sigmoid" in loss_holders(six(), ClassLoss("ghm")).text[0]
+    assert "training used ghm with sigmoid" in loss_concentration(six(), ClassLoss("ghm")).text[0]
 
 
-def test_tensorboard_says_that_figures_are_missing_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = loss_holders(six(), ClassLoss())
+def test_without_matplotlib_the_record_for_tensorboard_has_a_remedy_instead_of_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = loss_concentration(six(), ClassLoss())
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    found = loss_holders(six(), ClassLoss())
-    assert (found.figures, found.values) == ({}, whole.values)
-    assert found.text == [*whole.text, "figures need matplotlib, which is not installed: pip install matplotlib"]
+    found = loss_concentration(six(), ClassLoss())
+    assert (found.figures, found.scalars) == ({}, whole.scalars)
+    assert found.text[:-1] == whole.text
+    assert "pip install 'retinanet-detector[plots]'" in found.text[-1]
 
 
 @pytest.mark.parametrize("settings", [{}, {"alpha": None}, {"alpha": [3.0, 5.0]}, {"negative_weight": 0.1}])
 def test_the_balance_is_that_of_the_loss(settings: dict[str, Any]) -> None:
-    """What the loss makes of logits of 0, for which it is ln 2 without a balance."""
+    """The loss of logits of 0 is ln 2 without a balance."""
     loss = ClassLoss(gamma=0.0, **settings)
     positive, negative = loss.balance(2)
-    each = loss.each(torch.zeros(3, 2), torch.tensor([0, 1, -1]), torch.zeros(3))
+    each = loss.per_anchor(torch.zeros(3, 2), torch.tensor([0, 1, -1]), torch.zeros(3))
     expected = [float(positive[0]) + negative, float(positive[1]) + negative, 2 * negative]
     assert (each / LN2).tolist() == pytest.approx(expected)
 
 
-def test_it_is_told_where_the_run_had_another_loss() -> None:
-    assert not_as_trained(ClassLoss()) == []
-    assert "that was ohem on a sigmoid" in not_as_trained(ClassLoss("ohem"))[0]
-    assert "that was focal on a softmax" in not_as_trained(ClassLoss(activation="softmax"))[0]
+def test_a_note_reports_that_training_had_another_loss() -> None:
+    assert loss_notes(ClassLoss()) == []
+    assert "training used ohem with sigmoid" in loss_notes(ClassLoss("ohem"))[0]
+    assert "training used focal with softmax" in loss_notes(ClassLoss(activation="softmax"))[0]
 
 
-class Sure(torch.nn.Module):
-    """Says the same of three anchors of every picture: two on P3, one on P4."""
+class ConstantNetwork(torch.nn.Module):
+    """Returns the same logits of three anchors for every image: two on P3, one on P4."""
 
     def forward(self, images: torch.Tensor, image_sizes: torch.Tensor) -> HeadOutputs:
         anchors = torch.tensor([[0.0, 0, 16, 16], [32, 32, 48, 48], [0, 0, 64, 64]])
@@ -266,7 +258,7 @@ class Sure(torch.nn.Module):
         return HeadOutputs(logits, (torch.zeros(1, 2, 4), torch.zeros(1, 1, 4)), anchors)
 
 
-def test_an_entry_is_known_by_its_class_level_side_and_weight(data: TinyData, tmp_path: Path) -> None:
+def test_every_entry_has_its_class_level_side_and_weight(data: TinyData, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "0.png")
     boxes = [{"category_id": 1, "bbox": [0, 0, 64, 64]}, {"category_id": 2, "bbox": [32, 32, 16, 16]}]
     content = {
@@ -277,7 +269,7 @@ def test_an_entry_is_known_by_its_class_level_side_and_weight(data: TinyData, tm
     (tmp_path / "val.json").write_text(json.dumps(content))
     coco = read_coco(tmp_path / "val.json", tmp_path, verify="none", progress=False)
     loss = RetinaNetLoss(ClassLoss(alpha=[3.0, 5.0], negative_weight=0.5))
-    model: Any = Sure()
+    model: Any = ConstantNetwork()
     found = collect_examples(model, loss, coco, tiny_config(tmp_path, data), device=CPU)
     entries = sorted(zip(*(field.tolist() for field in found), strict=True))
     assert entries == [  # x_t, positive, label, level, alpha, weight
@@ -286,7 +278,7 @@ def test_an_entry_is_known_by_its_class_level_side_and_weight(data: TinyData, tm
     ]  # fmt: skip
 
 
-def test_a_sample_of_negatives_has_none_twice_and_the_sum_of_all_on_average() -> None:
+def test_a_sample_of_negatives_is_unique_and_has_the_sum_of_all_on_average() -> None:
     x = -torch.arange(40.0).reshape(20, 2)
     label = torch.tensor([1, -2, *[-1] * 18])  # of 40 entries one is positive, two are ignored
     image = ImageEntries(x, label, torch.zeros(20, dtype=torch.int64), torch.ones(2), 1.0)
@@ -294,7 +286,7 @@ def test_a_sample_of_negatives_has_none_twice_and_the_sum_of_all_on_average() ->
     sums = []
     for seed in range(400):
         half = image.negatives(0.5, seed=seed)
-        for some in (half, thinned_out(half, 0.2)):
+        for some in (half, subsample(half, 0.2)):
             assert len(set(some.x_t.tolist())) == len(some.x_t)
             assert some.weight.sum() == pytest.approx(37)
         assert len(some.x_t) == 7
@@ -302,19 +294,19 @@ def test_a_sample_of_negatives_has_none_twice_and_the_sum_of_all_on_average() ->
     assert np.mean(sums) == pytest.approx(sum(range(4, 40)), rel=0.03)
 
 
-def test_calibration_compares_scores_with_what_is_true() -> None:
-    """Scores of 0.8: three of four are right; of 0.2: none; below 0.05 nothing counts."""
+def test_calibration_compares_scores_with_the_share_of_positives() -> None:
+    """Of scores of 0.8, three of four are positive; of 0.2, none; scores below 0.05 do not count."""
     logit = math.log(4)
-    examples = made([logit] * 3 + [-logit] + [logit] * 2 + [9.0] * 5, [True] * 3 + [False] * 8)
+    examples = make_examples([logit] * 3 + [-logit] + [logit] * 2 + [9.0] * 5, [True] * 3 + [False] * 8)
     found = calibration(examples, bins=4)
     filled = found.entries > 0
     np.testing.assert_allclose(found.score[filled], [0.2, 0.8], rtol=1e-6)
     np.testing.assert_allclose(found.frequency[filled], [0.0, 0.75])
     assert found.expected_error == pytest.approx((2 * 0.2 + 4 * 0.05) / 6)
-    assert calibration(made([9.0], [False])).expected_error == 0
+    assert calibration(make_examples([9.0], [False])).expected_error == 0
 
 
-def test_all_positives_are_collected_and_negatives_stand_for_all(whole: Run, data: TinyData) -> None:
+def test_all_positives_are_collected_and_negatives_represent_all(whole: Run, data: TinyData) -> None:
     state = last_checkpoint(whole.out)
     coco = read_coco(data.val, images_of(data.val), verify="none", progress=False)
     model, loss = model_of(state, CPU), build_loss(state.config)
@@ -328,7 +320,7 @@ def test_all_positives_are_collected_and_negatives_stand_for_all(whole: Run, dat
     assert (every.weight == 1).all()
     count = int((~every.positive).sum())
     just = collect_examples(model, loss, coco, state.config, device=CPU, max_negatives=count)
-    assert np.array_equal(np.sort(just.x_t), np.sort(every.x_t))  # although pictures are of several sizes
+    assert np.array_equal(np.sort(just.x_t), np.sort(every.x_t))  # although images have several sizes
     less = collect_examples(model, loss, coco, state.config, device=CPU, max_negatives=count - 1)
     assert len(less.x_t) < len(every.x_t)
     assert found.weight[~found.positive].sum() == pytest.approx(every.weight[~every.positive].sum())
@@ -339,8 +331,8 @@ def test_all_positives_are_collected_and_negatives_stand_for_all(whole: Run, dat
     assert 0 < some.positive.sum() < found.positive.sum()
 
 
-def test_the_positive_loss_is_that_of_training(whole: Run, data: TinyData, tmp_path: Path) -> None:
-    """Collected entry by entry, it adds up to what the loss itself gives with negatives weighed by nothing."""
+def test_the_positive_loss_equals_that_of_training(whole: Run, data: TinyData, tmp_path: Path) -> None:
+    """Entry by entry, it adds up to the training loss with a weight of 0 for negatives."""
     state = last_checkpoint(whole.out)
     coco = read_coco(data.val, images_of(data.val), verify="none", progress=False)
     model, loss = model_of(state, CPU), build_loss(state.config)
@@ -352,8 +344,8 @@ def test_the_positive_loss_is_that_of_training(whole: Run, data: TinyData, tmp_p
     for batch in build_loader(dataset, eval_keys(coco, state.config), num_workers=0):
         with torch.no_grad():
             outputs = model(batch.images, batch.image_sizes)
-            one = torch.tensor(1)
-            total += float(loss(outputs, batch.targets, num_pos=one)["loss_cls"])
+            one = torch.tensor(1.0)
+            total += float(loss(outputs, batch.targets, normalizers=Normalizers(one, one, one))["loss_cls"])
     assert positive.loss == pytest.approx(total, rel=1e-4)
 
 
@@ -374,7 +366,7 @@ def test_the_tool_writes_tables_and_figures(whole: Run, tmp_path: Path, capsys: 
     assert "model.fpn_channels: 64 in the config, 32 in the checkpoint" in capsys.readouterr().err
 
 
-def test_the_tool_weighs_as_the_checkpoint_was_trained_and_says_what_differs(
+def test_the_tool_uses_the_checkpoints_weights_and_reports_differences(
     whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = load_checkpoint(whole.out / "checkpoints" / "best.pt")
@@ -384,36 +376,36 @@ def test_the_tool_weighs_as_the_checkpoint_was_trained_and_says_what_differs(
     save_checkpoint(state, tmp_path / "weighted.pt")
     argv = ["--config", str(whole.config), "--checkpoint", str(tmp_path / "weighted.pt"), "--gammas", "2"]
     assert analyze([*argv, "--output-dir", str(tmp_path / "out")]) == 0
-    told = capsys.readouterr().out
-    assert "loss.alpha is the checkpoint's inverse_frequency, not the config's 0.25" in told
-    assert "what is analyzed is not what was trained: that was focal_star on a sigmoid" in told
+    printed = capsys.readouterr().out
+    assert "loss.alpha is the checkpoint's inverse_frequency, not the config's 0.25" in printed
+    assert "the analyzed loss is not the training loss: training used focal_star with sigmoid" in printed
     record: dict[str, Any] = json.loads((tmp_path / "out" / "loss.json").read_text())
     assert list(record["alpha"].values()) == [1, 2, 3]
     assert record["negative_weight"] == 0.1
-    assert len(record["notes"]) == 4  # cls, alpha, negative_weight; what is analyzed
+    assert len(record["notes"]) == 4  # cls, alpha, negative_weight; the analyzed loss
     by = {(row["group"], row["side"]): row for row in record["rows"]}
     total = sum(by[name, "positive"]["loss"] for name in record["alpha"] if (name, "positive") in by)
     assert by["all", "positive"]["loss"] == pytest.approx(total)
 
 
-def test_missing_matplotlib_is_told_before_any_work(
+def test_missing_matplotlib_is_reported_before_any_work(
     whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     argv = ["--config", str(whole.config), "--checkpoint", "none.pt", "--output-dir", str(tmp_path / "out")]
     assert analyze(argv) == 2
-    assert "pip install matplotlib" in capsys.readouterr().err
+    assert "pip install 'retinanet-detector[plots]'" in capsys.readouterr().err
 
 
-def test_losses_are_drawn_and_odd_forms_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_losses_are_drawn_and_invalid_forms_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more in ([], ["--against", "x_t", "--gradient", "focal:gamma=2,alpha=0.25", "focal_star:gamma=2,beta=1"]):
         out = tmp_path / f"{len(more)}.svg"
-        assert plot([*more, "--output", str(out)]) == 0
+        assert plot(["losses", *more, "--output", str(out)]) == 0
         assert out.read_text().startswith("<?xml")
     for form in ("nothing", "focal:gamma", "focal:gam=1", "focal:gamma=-1"):
-        assert plot([form, "--output", str(tmp_path / "x.svg")]) == 2
-    assert plot(["ce", "--output", str(tmp_path / "x.txt")]) == 2
-    assert "must end in .svg or .png" in capsys.readouterr().err
+        assert plot(["losses", form, "--output", str(tmp_path / "x.svg")]) == 2
+    assert plot(["losses", "ce", "--output", str(tmp_path / "x.txt")]) == 2
+    assert "must be a .svg or .png file" in capsys.readouterr().err
 
 
 SHARED_FORMS = ["ce", "focal:gamma=2", "focal_star:gamma=2,beta=1", "focal_star:gamma=4,beta=0"]
@@ -422,17 +414,25 @@ SHARED_FORMS = ["ce", "focal:gamma=2", "focal_star:gamma=2,beta=1", "focal_star:
 
 @pytest.mark.parametrize("against", ["p_t", "x_t"])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_losses_and_their_derivatives_are_drawn_by_probability_or_by_logit(
+def test_losses_and_their_derivatives_are_drawn_over_probability_or_logit(
     against: str, gradient: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The forms and derivatives of the paper's appendices A and B, for a positive."""
     drawn: list[Any] = []
-    monkeypatch.setattr(plot_losses, "save", lambda figure, path: drawn.append(figure))
-    argv = [*SHARED_FORMS, "--against", against, *["--gradient"] * gradient, "--output", str(tmp_path / "x.svg")]
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    argv = [
+        "losses",
+        *SHARED_FORMS,
+        "--against",
+        against,
+        *["--gradient"] * gradient,
+        "--output",
+        str(tmp_path / "x.svg"),
+    ]
     assert plot(argv) == 0
     (axes,) = drawn[0].axes
-    said = {"p_t": "p_t, probability of the truth", "x_t": "x_t, logit of the truth"}
-    assert (axes.get_xlabel(), axes.get_ylabel()) == (said[against], "derivative by x_t" if gradient else "loss")
+    labels = {"p_t": "p_t, probability of the ground truth", "x_t": "x_t, logit of the ground truth"}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (labels[against], "derivative by x_t" if gradient else "loss")
     assert [line.get_label() for line in axes.lines] == SHARED_FORMS
     for line, (gamma, beta) in zip(axes.lines, [(0, None), (2, None), (2, 1), (4, 0)], strict=True):
         x = line.get_xdata()
@@ -447,78 +447,49 @@ def test_losses_and_their_derivatives_are_drawn_by_probability_or_by_logit(
         np.testing.assert_allclose(line.get_ydata(), expected, rtol=1e-6, atol=1e-12)
 
 
-def test_training_watches_who_holds_the_loss(
-    data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("detector.training.run.WATCHING", 1e9)  # a run of seconds
+def test_training_logs_the_loss_concentration(data: TinyData, tmp_path: Path) -> None:
     weighted = {"loss__alpha": [1.0, 2.0, 3.0], "loss__negative_weight": 0.1}
-    config = tiny_config(tmp_path, data, train__epochs=1, train__loss_images=5, **weighted)
+    config = tiny_config(tmp_path, data, train__epochs=1, train__loss_every_epochs=1, train__loss_images=5, **weighted)
     train(config, tmp_path / "run")
     coco = read_coco(data.val, images_of(data.val), verify="none", progress=False)
     model = model_of(last_checkpoint(tmp_path / "run"), CPU)
     found = collect_examples(
         model, build_loss(config), coco, config, device=CPU, indices=range(5), max_negatives=100_000
     )
-    wanted = loss_holders(found, build_loss(config).class_loss)
+    expected = loss_concentration(found, build_loss(config).class_loss)
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"histograms": 0})
     events.Reload()
-    assert len(wanted.values) == 10
-    for key, value in wanted.values.items():
-        assert [event.value for event in events.Scalars(f"loss_holders/{key}")] == pytest.approx([value], rel=1e-4)
-    for key, probabilities in wanted.p_t.items():
+    assert len(expected.scalars) == 10
+    for key, value in expected.scalars.items():
+        assert [event.value for event in events.Scalars(f"loss_concentration/{key}")] == pytest.approx(
+            [value], rel=1e-4
+        )
+    for key, probabilities in expected.histograms.items():
         histogram = events.Histograms(f"p_t/{key}")[0].histogram_value
         assert (histogram.num, histogram.sum) == pytest.approx((len(probabilities), probabilities.sum()), rel=1e-4)
-    assert set(wanted.figures) == {"cumulative_loss", "calibration"}
-    for key, figure in wanted.figures.items():
-        picture = Image.open(io.BytesIO(events.Images(f"loss_holders/{key}")[0].encoded_image_string))
+    assert set(expected.figures) == {"cumulative_loss", "calibration"}
+    for key, figure in expected.figures.items():
+        image = Image.open(io.BytesIO(events.Images(f"loss_concentration/{key}")[0].encoded_image_string))
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        apart = np.abs(np.asarray(picture) - np.asarray(canvas.buffer_rgba())[..., :3].astype(float))
+        apart = np.abs(np.asarray(image) - np.asarray(canvas.buffer_rgba())[..., :3].astype(float))
         assert apart.mean() < 0.5, "of 255; the last digits of losses may move a line by part of a pixel"
-    (table,) = events.Tensors("loss_holders/table/text_summary")
+    (table,) = events.Tensors("loss_concentration/table/text_summary")
     written = table.tensor_proto.string_val[0].decode().splitlines()
-    assert [line.strip() for line in written[:2]] == [line.strip() for line in wanted.text[:2]]
-    assert len(written) == len(wanted.text)
+    assert [line.strip() for line in written[:2]] == [line.strip() for line in expected.text[:2]]
+    assert len(written) == len(expected.text)
 
-    (cost,) = costs(tmp_path / "run")
-    (seconds,) = (event.value for event in events.Scalars("loss_holders/seconds"))
-    logged = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    speed = np.median([record["images_per_s"] for record in logged if "split" not in record])
-    of_steps = 3 * config.train.batch_size / speed
-    assert cost == pytest.approx((3, seconds, of_steps))
-    assert 0 < cost.seconds < 60
-    capsys.readouterr()
-    assert diagnostics([str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out.startswith(f"step {cost.step}: {seconds:.2f} s beside {of_steps:.1f} s of steps, ")
+    (seconds,) = (event.value for event in events.Scalars("loss_concentration/seconds"))
+    assert 0 < seconds < 60
 
 
-@pytest.mark.parametrize(
-    ("share", "first_look", "looks"),
-    [(1e9, 2.5, [1, 2, 3]), (0.0, 2.5, []), (1e9, 1e30, []), (1e-9, -1e6, [1])],
-    ids=[
-        "all fit",
-        "none may take any time",
-        "the first would take too long",
-        "the first used up what the second needs",
-    ],
-)
-def test_it_is_looked_at_only_where_its_share_of_the_time_allows(
-    share: float,
-    first_look: float,
-    looks: list[int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr("detector.training.run.WATCHING", share)
-    monkeypatch.setattr("detector.training.run.FIRST_LOOK", first_look)
-    annotations = write_coco(tmp_path / "one.json", 1, seed=1)
+@pytest.mark.parametrize(("every", "epochs"), [(0, []), (1, [1, 2, 3]), (2, [2])])
+def test_loss_concentration_is_logged_at_the_configured_epochs(every: int, epochs: list[int], tmp_path: Path) -> None:
+    annotations = write_coco(tmp_path / "one.json", 1, seed=1)  # one image: an epoch is a step
     data = TinyData(annotations, annotations)
-    train(tiny_config(tmp_path, data, train__epochs=3, train__loss_images=1), tmp_path / "run")
-    capsys.readouterr()
+    settings = {"train__epochs": 3, "train__loss_every_epochs": every, "train__loss_images": 1}
+    train(tiny_config(tmp_path, data, **settings), tmp_path / "run")
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
-    assert ("loss_holders/seconds" in events.Tags()["scalars"]) == bool(looks)
-    assert [cost.step for cost in costs(tmp_path / "run")] == looks
-    assert diagnostics([str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out.startswith("step 1: " if looks else "no evaluation of this run looked")
+    tag = "loss_concentration/seconds"
+    assert [event.step for event in (events.Scalars(tag) if tag in events.Tags()["scalars"] else [])] == epochs

@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from detector.checkpoint import TrainState
 from detector.config_yaml import load_config
 from detector.datasets.opening import open_datasets
 from detector.errors import ConfigError
-from detector.inference.postprocess import one_against_all, postprocess
+from detector.inference.postprocess import postprocess
 from detector.inference.predictor import model_of
 from detector.models import build_model
-from detector.training import run as run_module
+from detector.scores import score_logits
+from detector.training import setup as learner_setup
 from detector.training.logger import RunLog
+from detector.training.setup import build_learner
 from detector.training.train import train
 from tests.tiny import TinyData, differing, last_checkpoint, records, tiny_config, write_coco
 
@@ -94,7 +97,7 @@ def test_a_loss_without_a_softmax_form_is_refused(data: TinyData, tmp_path: Path
 
 
 @pytest.mark.parametrize("alpha", ["inverse_frequency", "effective_number"])
-def test_weights_of_classes_are_counted_said_and_counted_alike_on_resuming(
+def test_weights_of_classes_are_counted_logged_and_counted_alike_on_resuming(
     alpha: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     annotations = write_coco(tmp_path / "train.json", 6, seed=1)
@@ -105,14 +108,14 @@ def test_weights_of_classes_are_counted_said_and_counted_alike_on_resuming(
         tmp_path, TinyData(annotations, annotations), **SHORT, loss__alpha=alpha, loss__alpha_beta=0.9999999
     )
     train(config, tmp_path / "run")
-    (said,) = re.findall(r"weights of positives by class: (.*)", capsys.readouterr().out)
-    weights = {pair.split()[0]: float(pair.split()[1]) for pair in said.split(", ")}
+    (printed,) = re.findall(r"weights of positives by class: (.*)", capsys.readouterr().out)
+    weights = {pair.split()[0]: float(pair.split()[1]) for pair in printed.split(", ")}
     mean = sum(expected.values()) / 3
     for name, weight in weights.items():
         assert weight == pytest.approx(expected[name] / mean, rel=0.01)
     stored = last_checkpoint(tmp_path / "run").alpha
     assert stored is not None
-    assert [f"{x:.3g}" for x in stored] == [pair.split()[1] for pair in said.split(", ")]
+    assert [f"{x:.3g}" for x in stored] == [pair.split()[1] for pair in printed.split(", ")]
     assert train(config, tmp_path / "run", resume="auto") == {}
 
 
@@ -140,15 +143,16 @@ def test_a_run_weighs_classes_by_its_own_exponent_or_beta(
     config = tiny_config(tmp_path, TinyData(annotations, annotations), **SHORT, **settings)
     train_set, _, _ = open_datasets(config, tmp_path, quiet=True)
     log = RunLog(tmp_path, start_step=0, total_steps=1)
-    run = run_module.Run(config, tmp_path, torch.device("cpu"), None, train_set, log)
+    state = TrainState(config, train_set.categories, {}, step=0)
+    learner = build_learner(config, train_set, state, resumed=False, source=None, device=torch.device("cpu"), log=log)
     log.close()
     weights = [weigh(2), weigh(5), weigh(14)]
     expected = pytest.approx([3 * weight / sum(weights) for weight in weights], rel=1e-5)
-    assert run.state.alpha == expected
-    assert isinstance(run.loss.class_loss.alpha, torch.Tensor)
-    assert run.loss.class_loss.alpha.tolist() == expected
-    said = ", ".join(f"{k} {x:.3g}" for k, x in zip(("disc", "square", "bar"), run.state.alpha or [], strict=True))
-    assert f"weights of positives by class: {said}" in capsys.readouterr().out
+    assert state.alpha == expected
+    assert isinstance(learner.loss.class_loss.alpha, torch.Tensor)
+    assert learner.loss.class_loss.alpha.tolist() == expected
+    expected_text = ", ".join(f"{k} {x:.3g}" for k, x in zip(("disc", "square", "bar"), state.alpha or [], strict=True))
+    assert f"weights of positives by class: {expected_text}" in capsys.readouterr().out
 
 
 def test_a_list_of_weights_must_fit_the_classes(data: TinyData, tmp_path: Path) -> None:
@@ -160,15 +164,16 @@ def test_a_list_of_weights_must_fit_the_classes(data: TinyData, tmp_path: Path) 
 def test_the_first_loss_is_compared_with_its_closed_form(
     gamma: float, data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The arithmetic in the log, done again: per positive one entry at the prior and two below, per background three."""
+    """The arithmetic in the log, done again: per positive one entry at the prior and two below, per background
+    three."""
     train(tiny_config(tmp_path, data, **SHORT, loss__gamma=gamma), tmp_path / "run")
-    said = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
     found = re.search(
-        r"first class loss is ([\d.]+), as it must be at the prior: ([\d,]+) background anchors x (\S+) \+ ([\d,]+) "
-        r"positive ones x (\S+), over ([\d,]+), gives ([\d.]+)",
-        said,
+        r"first class loss ([\d.]+), as expected at the prior: ([\d,]+) background anchors x (\S+) \+ ([\d,]+) "
+        r"positive anchors x (\S+), over ([\d,]+), gives ([\d.]+)",
+        printed,
     )
-    assert found is not None, said
+    assert found is not None, printed
     loss, background, of_one, positives, of_positive, divisor, total = (
         float(x.replace(",", "")) for x in found.groups()
     )
@@ -195,7 +200,7 @@ def test_a_first_loss_that_cannot_be_is_warned_of(
             model.cls_subnet.predictor.get_parameter(what).mul_(1000 if what == "weight" else 0)
         return model
 
-    monkeypatch.setattr(run_module, "build_model", loud)
+    monkeypatch.setattr(learner_setup, "build_model", loud)
     train(tiny_config(tmp_path, data, **SHORT, optim__clip_grad_norm=1.0), tmp_path / "run")
     assert "but at the prior" in " ".join(capsys.readouterr().out.split())
 
@@ -210,17 +215,17 @@ def test_scores_of_a_softmax_are_its_probabilities(data: TinyData, tmp_path: Pat
         outputs = model(images, torch.tensor([[64, 96]]))
     assert outputs.activation == "softmax"
     p = outputs.all_cls_logits().softmax(dim=-1)
-    torch.testing.assert_close(torch.sigmoid(one_against_all(outputs.all_cls_logits())), p[..., :3])
+    torch.testing.assert_close(torch.sigmoid(score_logits(outputs.all_cls_logits(), "softmax")), p[..., :3])
     (found,) = postprocess(outputs, torch.tensor([[64, 96]]), score_thresh=0.0, nms_thresh=1.0, detections_per_img=10)
     torch.testing.assert_close(found.scores, p[0, :, :3].flatten().topk(10).values)
 
 
 @pytest.mark.parametrize("sampling", ["repeat_factor", "class_balanced"])
-def test_sampling_by_class_is_said_and_reproducible(
+def test_sampling_by_class_is_logged_and_reproducible(
     sampling: str, data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {**SHORT, "data__sampling": sampling, "data__repeat_threshold": 0.9}
     train(tiny_config(tmp_path, data, **settings), tmp_path / "one")
-    assert re.search(rf"{sampling} sampling: \d+ pictures an epoch of 11", " ".join(capsys.readouterr().out.split()))
+    assert re.search(rf"{sampling} sampling: \d+ images per epoch from 11", " ".join(capsys.readouterr().out.split()))
     train(tiny_config(tmp_path, data, **settings, data__num_workers=1), tmp_path / "other")
     assert differing(last_checkpoint(tmp_path / "one"), last_checkpoint(tmp_path / "other")) == []

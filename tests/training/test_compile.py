@@ -22,7 +22,7 @@ SIZE = (96, 128)
 
 
 def batch(count: int, device: torch.device) -> Targets:
-    """Of two pictures, the first with `count` objects, some of which an ignore region covers."""
+    """Of two images, the first with `count` objects, some of which an ignore region covers."""
     random = torch.Generator().manual_seed(count)
     length = max(8, count) if count else 0
     boxes, labels, ignore = torch.zeros(2, length, 4), torch.full((2, length), -1), torch.zeros(2, 8, 4)
@@ -43,11 +43,11 @@ def losses_and_gradients(model: RetinaNet, loss: RetinaNetLoss, count: int, devi
     width = 3 + (model.activation == "softmax")
     logits = [(torch.randn(2, n, width, generator=random) - 2).to(device).requires_grad_() for n in counts]
     deltas = [(torch.randn(2, n, 4, generator=random) * 0.3).to(device).requires_grad_() for n in counts]
-    matches = loss.match(anchors, targets)
-    parts = loss(HeadOutputs(tuple(logits), tuple(deltas), anchors, model.activation), targets, matches=matches)
+    assignment = loss.assign(anchors, targets)
+    parts = loss(HeadOutputs(tuple(logits), tuple(deltas), anchors, model.activation), targets, assignment=assignment)
     (parts["loss_cls"] + parts["loss_box"]).backward()
     gradients = [x.grad for x in (*logits, *deltas) if x.grad is not None]
-    return [matches.matched, parts["loss_cls"].detach(), parts["loss_box"].detach(), *gradients]
+    return [assignment.matched, parts["loss_cls"].detach(), parts["loss_box"].detach(), *gradients]
 
 
 def compare(settings: dict[str, Any], backend: str, device: torch.device, data: TinyData, tmp_path: Path) -> None:
@@ -60,8 +60,8 @@ def compare(settings: dict[str, Any], backend: str, device: torch.device, data: 
     for count, plain in zip(counts, expected, strict=True):
         found = losses_and_gradients(model, loss, count, device)
         assert torch.equal(found[0], plain[0])
-        for mine, theirs in zip(found[1:], plain[1:], strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+        for actual, reference in zip(found[1:], plain[1:], strict=True):
+            torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-6)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -79,8 +79,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_one_graph_each_computes_what_the_plain_step_does(
     settings: dict[str, Any], data: TinyData, tmp_path: Path
 ) -> None:
-    """Captured, which a break in a graph would make an error; code is not generated, which takes minutes. (The network is
-    compiled in test_train.)"""
+    """Captured, which a break in a graph would make an error; code is not generated, which takes minutes. (The network
+    is compiled in test_train.)"""
     compare(settings, "eager", CPU, data, tmp_path)
 
 

@@ -20,14 +20,15 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 
 from detector.config_yaml import load_config
-from detector.datasets.coco import read_coco
 from detector.datasets.loader import DetectionDataset, collate
+from detector.datasets.opening import read_coco
 from detector.datasets.sampling import SampleKey
 from detector.evaluation.score import score_checkpoint
 from detector.losses import build_loss
+from detector.losses.retinanet import Normalizers
 from detector.models import build_model
 from detector.training.train import train
-from detector.weights.transfer import load_backbone_weights
+from detector.weights.backbone_weights import load_backbone_weights
 from tests.tiny import (
     REPO,
     TinyData,
@@ -104,7 +105,7 @@ def weights_before(config: Path) -> dict[str, Tensor]:
     settings = load_config(config)
     torch.manual_seed(settings.train.seed)
     model = build_model(settings.model, 3)
-    load_backbone_weights(model.backbone, settings.model.backbone, settings.model.backbone_weights)
+    load_backbone_weights(model.get_submodule("backbone"), settings.model.backbone, settings.model.backbone_weights)
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -137,8 +138,8 @@ def assert_same_records(one: Path, other: Path) -> None:
 def test_two_processes_give_the_same_weights_as_one_after_20_steps(
     norm: str, seed: int, many: TinyData, backbone: Path, tmp_path: Path
 ) -> None:
-    """The network as it is, with seeds whose runs meet no kink of a ReLU (docs/results.md); the next test has none to meet, at
-    any seed.
+    """The network as it is, with seeds whose runs meet no kink of a ReLU (docs/results.md); the next test has none to
+    meet, at any seed.
     """
     config = one_epoch(tmp_path, many, **norm_settings(norm, backbone), train__seed=seed)
     assert_same_weights(*trained_both_ways(train_as_it_is, config, 2, ()), config)
@@ -162,14 +163,14 @@ def train_without_kinks(config: Path, out: Path, settings: Sequence[str]) -> Non
 def train_in_double(config: Path, out: Path, settings: Sequence[str]) -> None:
     """All but the losses, which are fp32 by themselves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("detector.training.run.build_model", lambda *a: build_model(*a).double())
+        patch.setattr("detector.training.setup.build_model", lambda *a: build_model(*a).double())
         train(load_config(config, settings), out)
 
 
 def trained_both_ways(
     way: Callable[[Path, Path, Sequence[str]], None], config: Path, world_size: int, settings: Sequence[str]
 ) -> tuple[Path, Path]:
-    """In one process with whole batches; and with the settings, in so many processes."""
+    """In one process with whole batches; and with the settings, in several processes."""
     one, other, log = config.parent / "one", config.parent / "other", config.parent / "log"
     codes = wait([start_process(way, (config, other, settings), log, env) for env in ranks(world_size)], log)
     assert codes == [0] * world_size, log.read_text()[-4000:]
@@ -216,7 +217,7 @@ def test_without_kinks_processes_and_parts_give_the_same_weights_with_any_seed(
     assert_same_records(one, other)
     if "data.cache_gb=0.001" in settings:
         log = (tmp_path / "log").read_text()
-        assert re.search(r"memory keep \d\d of 77 pictures, resized", log), "one cache for both"
+        assert re.search(r"memory for \d\d of 77 images, resized", log), "one cache for both"
 
 
 @pytest.mark.slow
@@ -248,13 +249,15 @@ def test_gradients_of_the_parts_of_a_batch_add_up_to_those_of_the_whole(many: Ti
 
     def gradients(size: int) -> dict[str, Tensor]:
         batches = [collate(samples[start : start + size]) for start in range(0, 4, size)]
-        matches = [loss.match(model.anchors_of(batch.images), batch.targets) for batch in batches]
-        num_pos = torch.stack([m.num_pos.sum() for m in matches]).sum()
+        assignments = [loss.assign(model.anchors_of(batch.images), batch.targets) for batch in batches]
+        parts = [loss.normalizers(a, torch.tensor(size)) for a in assignments]
+        normalizers = Normalizers(*(torch.stack(part).sum() for part in zip(*parts, strict=True)))
         model.zero_grad()
-        for batch, matched in zip(batches, matches, strict=True):
+        for batch, assignment in zip(batches, assignments, strict=True):
             images = model.normalize(batch.images, batch.image_sizes).double()
-            parts = loss(model.forward_normalized(images), batch.targets, matches=matched, num_pos=num_pos)
-            (parts["loss_cls"] + parts["loss_box"]).backward()
+            outputs = model.forward_normalized(images)
+            losses = loss(outputs, batch.targets, assignment=assignment, normalizers=normalizers)
+            (losses["loss_cls"] + losses["loss_box"]).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     whole = gradients(4)
@@ -300,17 +303,17 @@ def test_two_processes_evaluate_save_and_stop_as_one(data: TinyData, tmp_path: P
 
 @pytest.mark.slow
 def test_with_batch_norm_two_processes_score_the_model_that_they_save(data: TinyData, tmp_path: Path) -> None:
-    """Running statistics are each process's own; the pictures of each must be looked at with those of the first."""
+    """Running statistics are each process's own; the images of each must be evaluated with those of the first."""
     settings = {"model__norm": "bn", "model__head": {"depth": 1}, "postprocess__score_thresh": 0.0}
     config = write_config(tmp_path / "c.yaml", data, train__epochs=8, optim__lr=0.02, eval__every_epochs=8, **settings)
     run_in_processes(config, tmp_path / "two", tmp_path / "log")
-    said = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    written = json.loads((tmp_path / "two" / "metrics.json").read_text())
     scored = score_checkpoint(
         load_config(config), tmp_path / "two/checkpoints/best.pt", split="val", output_dir=tmp_path / "scored"
     ).to_json()
-    assert said["AR@100"] > 0, "nothing was found, so nothing was compared"
-    del said["per_class"], scored["per_class"]
-    assert said == pytest.approx(scored)
+    assert written["AR@100"] > 0, "nothing was found, so nothing was compared"
+    del written["per_class"], scored["per_class"]
+    assert written == pytest.approx(scored)
 
 
 def split_of(data: TinyData) -> dict[str, str]:
@@ -332,4 +335,4 @@ def test_torchrun_starts_the_tool(many: TinyData, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     train(load_config(config), tmp_path / "one")
     assert_same_weights(tmp_path / "one", out, config)
-    assert done.stdout.count("epoch 1.00 step 20/20") == 1, "only the first process speaks"
+    assert done.stdout.count("epoch 1.00 step 20/20") == 1, "only the first process prints"

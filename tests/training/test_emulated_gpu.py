@@ -1,4 +1,4 @@
-"""What only a GPU runs, on a GPU that is none (tests/pretend.py): the same results, no tensor on the wrong device, no needless wait."""
+"""GPU-only code on an emulated GPU (tests/emulated_gpu.py): results of a CPU, one device per operation, no wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from detector.errors import ConfigError
 from detector.training.train import train
 from tests.conftest import Run
-from tests.emulated_gpu import GPU, TwoDevicesError, pretended_gpu
+from tests.emulated_gpu import GPU, TwoDevicesError, emulated_gpu
 from tests.tiny import TIMING, TinyData, images_of, tiny_config
 from tools import analyze_loss, predict
 from tools import eval as evaluate
@@ -20,7 +20,8 @@ from tools import eval as evaluate
 RUNS: dict[str, dict[str, Any]] = {
     "as usual": {},
     "averaged weights, parts, adamw, clipping": {
-        "train__ema": {}, "train__micro_batch": 2, "optim__name": "adamw", "optim__lr": 1e-4, "optim__clip_grad_norm": 1.0,
+        "train__ema": {}, "train__micro_batch": 2, "optim__name": "adamw", "optim__lr": 1e-4,
+        "optim__clip_grad_norm": 1.0,
         "loss__alpha": [0.2, 0.3, 0.4],
     },
     "giou, low-quality matches, per image": {
@@ -35,16 +36,10 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 MAY_WAIT = {
-    "Interval.record", "Interval.check_finite", "Run.save",  # to log, to save
-    "Run.check_first_loss",  # once
-    "ClassLoss._choose",  # examples, image by image
+    "LogWindow.record", "LogWindow.require_finite", "Run.save",  # to log, to save
+    "first_loss_check",  # once
+    "ClassLoss.forward",  # OHEM and bootstrapping choose examples image by image
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def looks_at_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long they take."""
-    monkeypatch.setattr("detector.training.run.WATCHING", float("inf"))
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -56,16 +51,19 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def test_a_run_learns_what_it_learns_on_a_cpu_and_waits_only_to_log(
     settings: dict[str, Any], data: TinyData, tmp_path: Path
 ) -> None:
-    settings = {"train__epochs": 1, "train__log_every": 2, "postprocess__score_thresh": 0.0, **settings}
+    settings = {
+        "train__epochs": 1, "train__log_every": 2, "train__loss_every_epochs": 1, "postprocess__score_thresh": 0.0,
+        **settings,
+    }  # fmt: skip
     train(tiny_config(tmp_path, data, train__device="cpu", **settings), tmp_path / "cpu")
-    with pretended_gpu() as gpu:
+    with emulated_gpu() as gpu:
         train(tiny_config(tmp_path, data, train__device="cuda", **settings), tmp_path / "gpu")
     expected, found = records(tmp_path / "cpu"), records(tmp_path / "gpu")
     assert len(found) == len(expected) == 3
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
-    steps = [wait for wait in gpu.waits if "train_one_epoch" in wait]
-    assert any("Interval.record" in wait for wait in steps)
+    for actual, reference in zip(found, expected, strict=True):
+        assert actual == pytest.approx(reference, rel=1e-3, abs=1e-5)
+    steps = [wait for wait in gpu.waits if "validate" not in wait and "open_run" not in wait and "train" in wait]
+    assert any("LogWindow.record" in wait for wait in steps)
     shapes = [wait for wait in steps if not MAY_WAIT & set(wait)]
     assert {wait[-2:] for wait in shapes} <= {("AnchorGenerator.forward", "to")}
     assert len(shapes) <= 3  # the anchors of a new shape
@@ -81,7 +79,7 @@ def test_in_half_the_precision_it_learns_nearly_the_same(precision: str, data: T
         "train__micro_batch": "auto",
     }
     for device in ("cpu", "cuda"):
-        with pretended_gpu():
+        with emulated_gpu():
             train(tiny_config(tmp_path, data, train__device=device, **settings), tmp_path / device)
     expected, found = (records(tmp_path / device)[-1] for device in ("cpu", "cuda"))
     assert found["loss"] == pytest.approx(expected["loss"], rel=0.02)
@@ -93,7 +91,7 @@ def test_what_is_done_with_a_network_is_done_on_a_gpu_too(whole: Run, data: Tiny
         scored, found, looked = (str(tmp_path / device / name) for name in ("scored", "found", "looked"))
         named = ["--config", str(whole.config), "--checkpoint", checkpoint]
         settings = [f"train.device={device}", "postprocess.score_thresh=0", "eval.precision=fp32"]
-        with pretended_gpu() as gpu:
+        with emulated_gpu() as gpu:
             assert evaluate.main([*named, "--output-dir", scored, *settings]) == 0
             assert analyze_loss.main([*named, "--output-dir", looked, *settings]) == 0
             inputs = ["--checkpoint", checkpoint, "--device", device, "--score-thresh", "0", str(images_of(data.val))]
@@ -104,20 +102,20 @@ def test_what_is_done_with_a_network_is_done_on_a_gpu_too(whole: Run, data: Tiny
         return [json.loads((tmp_path / device / name).read_text()) for device in ("cpu", "cuda")]
 
     for name in ("scored/metrics.json", "looked/loss.json"):
-        mine, theirs = map(numbers, read(name))
-        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+        actual, reference = map(numbers, read(name))
+        assert actual == pytest.approx(reference, rel=1e-3, abs=1e-4)
     for name, near in (("scored/detections.json", 0.1), ("found/detections.json", 3.0)):  # in fp32, in what is fastest
-        mine, theirs = read(name)
-        assert len(mine) == len(theirs) > 100
+        actual, reference = read(name)
+        assert len(actual) == len(reference) > 100
         known: dict[Any, list[Any]] = {}
-        for found in theirs:
+        for found in reference:
             known.setdefault((found["image_id"], found["category_id"]), []).append(found["bbox"])
         alike = [
             any(
                 box == pytest.approx(found["bbox"], abs=near)
                 for box in known.get((found["image_id"], found["category_id"]), [])
             )
-            for found in mine
+            for found in actual
         ]
         assert sum(alike) > 0.95 * len(alike)
 
@@ -130,13 +128,13 @@ def numbers(content: Any) -> list[float]:
     return [float(content)] if isinstance(content, int | float) else []
 
 
-def test_what_cannot_be_compiled_is_told(data: TinyData, tmp_path: Path) -> None:
-    with pretended_gpu(), pytest.raises(ConfigError, match=r"train\.compile must be auto or false .* got true: Triton"):
+def test_what_cannot_be_compiled_is_an_error(data: TinyData, tmp_path: Path) -> None:
+    with emulated_gpu(), pytest.raises(ConfigError, match=r"train\.compile must be auto or false .* got true: Triton"):
         train(tiny_config(tmp_path, data, train__device="cuda", train__compile=True), tmp_path / "out")
 
 
 def test_the_pretence_refuses_what_a_gpu_refuses_and_sees_who_waits() -> None:
-    with pretended_gpu() as gpu:
+    with emulated_gpu() as gpu:
         x = torch.arange(3.0, device="cuda", requires_grad=True)
         assert x.device == x.exp().device == GPU
         assert torch.ones(3).device.type == "cpu"

@@ -16,7 +16,7 @@ STEP = {
 }  # fmt: skip
 
 
-def test_a_silent_log_writes_and_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_silent_log_writes_and_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(tmp_path, start_step=0, total_steps=100, enabled=False)
     log.info("hello")
     log.warn("hello")
@@ -34,7 +34,15 @@ def test_a_step_is_one_line_of_json_and_one_line_of_text(tmp_path: Path, capsys:
     log.close()
     line = capsys.readouterr().out.strip()
     assert "\n" not in line
-    for part in ("epoch 1.00", "step 20/100", "loss 1.5000", "lr 1.00e-02", "grad 3.00", "11.0 images/s", "data 25%"):
+    for part in (
+        "epoch 1.00",
+        "step 20/100",
+        "loss 1.5000",
+        "lr 1.00e-02",
+        "grad 3.00",
+        "11.0 images/s",
+        "data wait 25%",
+    ):
         assert part in line
 
 
@@ -68,7 +76,7 @@ def test_a_terminal_of_any_width_shows_all_there_is_to_know(
         "loss 1.5000",
         "grad 3.00",
         "11.0 images/s",
-        "waiting for data 25%",
+        "data wait 25%",
     ):
         assert part in shown
     assert max(len(line) for line in screen.splitlines()) <= width

@@ -1,4 +1,4 @@
-"""Learning rate, parameter groups, averaging and precision, against what the formulas say."""
+"""Learning rate, parameter groups, averaging and precision, against the formulas."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_cosine_is_a_cosine(step: int, final: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "batch_size", "lr", "told"),
+    ("settings", "batch_size", "lr", "message"),
     [
         ({}, 16, 0.01, "learning rate 0.01"),
         ({}, 4, 0.0025, "0.01 x 4 / 16 = 0.0025"),
@@ -70,12 +70,12 @@ def test_a_cosine_is_a_cosine(step: int, final: float) -> None:
         ({"scale_lr": False}, 4, 0.01, "learning rate 0.01"),
     ],
 )
-def test_the_rate_is_scaled_to_the_batch_and_says_how(
-    settings: dict[str, Any], batch_size: int, lr: float, told: str
+def test_the_rate_is_scaled_to_the_batch_and_explains_how(
+    settings: dict[str, Any], batch_size: int, lr: float, message: str
 ) -> None:
     value, text = scaled_lr(OptimConfig(**settings), batch_size)
     assert value == pytest.approx(lr)
-    assert told in text
+    assert message in text
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_norms_and_biases_are_not_decayed_and_the_backbone_has_its_own_rate(name
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.3, 1.0])
-def test_the_rate_that_is_told_is_that_of_the_heads(factor: float, model: RetinaNet) -> None:
+def test_the_logged_rate_is_that_of_the_heads(factor: float, model: RetinaNet) -> None:
     optimizer = build_optimizer(model, OptimConfig(backbone_lr_factor=factor), lr=1.0)
     set_lr(optimizer, 0.5)
     assert current_lr(optimizer) == 0.5
@@ -122,10 +122,10 @@ def test_the_fused_optimizer_does_what_the_plain_one_does() -> None:
     plain = copy.deepcopy(fused)
     config = OptimConfig(name="adamw", weight_decay=0.05, norm_bias_decay=True)
     ours = build_optimizer(fused, config, lr=0.1)
-    theirs = torch.optim.AdamW(plain.parameters(), lr=0.1, betas=config.betas, weight_decay=0.05, foreach=False)
+    reference = torch.optim.AdamW(plain.parameters(), lr=0.1, betas=config.betas, weight_decay=0.05, foreach=False)
     for _ in range(5):
         images = torch.randn(2, 3, 6, 6).to(memory_format=torch.channels_last)
-        for model, optimizer in ((fused, ours), (plain, theirs)):
+        for model, optimizer in ((fused, ours), (plain, reference)):
             optimizer.zero_grad()
             model(images).square().mean().backward()
             optimizer.step()
@@ -134,13 +134,14 @@ def test_the_fused_optimizer_does_what_the_plain_one_does() -> None:
 
 
 def test_frozen_parameters_are_not_given_to_the_optimizer(data: TinyData, model: RetinaNet) -> None:
-    frozen = {id(p) for p in model.backbone.parameters()}
-    for p in model.backbone.parameters():
+    backbone: Any = model.backbone
+    frozen = {id(p) for p in backbone.parameters()}
+    for p in backbone.parameters():
         p.requires_grad_(False)
     try:
         optimizer = build_optimizer(model, OptimConfig(), lr=1.0)
     finally:
-        for p in model.backbone.parameters():
+        for p in backbone.parameters():
             p.requires_grad_(True)
     assert not frozen & {id(p) for group in optimizer.param_groups for p in group["params"]}
 

@@ -1,4 +1,4 @@
-"""Stopping and going on: whatever ends a run, it continues as if nothing had happened."""
+"""Stop and resume: whatever ends a run, it continues as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
+from detector.atomic import read_json
 from detector.checkpoint import save_checkpoint
 from detector.config import Config
 from detector.config_yaml import load_config
 from detector.errors import CheckpointError, Interrupted, RunError
 from detector.training import run as run_module
 from detector.training import train as train_module
+from detector.training import validation as validation_module
 from detector.training.logger import RunLog
 from detector.training.train import train
 from tests.conftest import EVERYTHING_ON, Run
@@ -96,7 +98,7 @@ def test_a_run_killed_at_a_random_step_ends_bit_equal_to_one_left_alone(whole: R
 
 
 @pytest.mark.parametrize("step", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3, 5))])
-def test_a_run_that_crashed_goes_on_bit_equal_from_its_last_checkpoint(
+def test_a_run_that_crashed_resumes_bit_equal_from_its_last_checkpoint(
     step: int, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After 1: nothing was saved yet; 2: from before the checkpoint of that step; 5: from inside the last epoch."""
@@ -121,19 +123,19 @@ def test_a_run_that_crashed_while_it_evaluated_evaluates_again(
     config = changed(whole, tmp_path, train__checkpoint_every_steps=1)
     count = 0
 
-    evaluate = run_module.Run.evaluate
+    validate = validation_module.validate
 
     def crash(*arguments: Any) -> None:
         nonlocal count
         count += 1
         if count == evaluation and not after:
             raise Crash
-        evaluate(*arguments)
+        validate(*arguments)
         if count == evaluation:
             raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.Run, "evaluate", crash)
+        patch.setattr(train_module, "validate", crash)
         with pytest.raises(Crash):
             train(config, tmp_path / "run")
     train(config, tmp_path / "run", resume="auto")
@@ -145,13 +147,13 @@ def test_a_signal_during_an_evaluation_ends_it_at_once_and_loses_nothing(
 ) -> None:
     argv = ["--config", str(whole.config), "--output-dir", str(tmp_path)]
 
-    def asked_and_told(*arguments: Any, progress: Any, **named: Any) -> Any:
+    def signal_and_report(*arguments: Any, progress: Any, **named: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         progress(1, 5)
-        raise AssertionError("goes on evaluating")
+        raise AssertionError("continues to evaluate")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "evaluate_model", asked_and_told)
+        patch.setattr(validation_module, "evaluate_model", signal_and_report)
         assert main(argv) == 128 + signal.SIGTERM
     state = last_checkpoint(tmp_path)
     assert (state.step, state.evaluation_due) == (3, True)
@@ -163,9 +165,9 @@ def test_sigterm_may_come_twice(whole: Run, tmp_path: Path, monkeypatch: pytest.
     """torchrun and schedulers pass on what the process has had already; that must not kill it while it saves."""
     save = run_module.Run.save
 
-    def asked_again(run: run_module.Run) -> None:
+    def asked_again(run: run_module.Run, *name: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        save(run)
+        save(run, *name)
 
     monkeypatch.setattr(run_module.Run, "save", asked_again)
     signal_after(1, signal.SIGTERM, monkeypatch)
@@ -183,7 +185,7 @@ def changed(run: Run, folder: Path, **settings: Any) -> Config:
 @pytest.mark.parametrize(
     ("signum", "step"), [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 5, marks=pytest.mark.slow)]
 )
-def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_tells_itself_by_the_exit_code(
+def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_sets_the_exit_code(
     signum: signal.Signals,
     step: int,
     whole: Run,
@@ -221,14 +223,14 @@ def test_resuming_a_finished_run_does_nothing_and_is_fine(
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("nothing is to be done")
 
-    monkeypatch.setattr(train_module, "open_datasets", fail)
+    monkeypatch.setattr(run_module, "open_datasets", fail)
     before = {p: p.stat().st_mtime_ns for p in whole.out.rglob("*")}
     assert main(["--config", str(whole.config), "--output-dir", str(whole.out), "--resume", "auto"]) == 0
     assert {p: p.stat().st_mtime_ns for p in whole.out.rglob("*")} == before
     assert "AP50" in capsys.readouterr().out
 
 
-def test_resume_auto_starts_afresh_where_there_is_no_checkpoint(whole: Run, tmp_path: Path) -> None:
+def test_resume_auto_starts_a_new_run_where_there_is_no_checkpoint(whole: Run, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("left behind by a run that was killed before its first checkpoint")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lr": 0.5}\n')
     train(load_config(whole.config), tmp_path, resume="auto")
@@ -237,13 +239,13 @@ def test_resume_auto_starts_afresh_where_there_is_no_checkpoint(whole: Run, tmp_
 
 def test_an_existing_run_is_not_overwritten(whole: Run) -> None:
     before = {p: p.stat().st_mtime_ns for p in whole.out.rglob("*")}
-    with pytest.raises(RunError, match="already holds a run; go on with it by --resume auto, or choose another"):
+    with pytest.raises(RunError, match="already holds a run; continue it with --resume auto, or choose another"):
         train(load_config(whole.config), whole.out)
     assert {p: p.stat().st_mtime_ns for p in whole.out.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("optim.lr=0.02", "optim.lr: 0.01 in the checkpoint, 0.02 in the config"),
         ("train.seed=7", "train.seed: 0 in the checkpoint, 7 in the config"),
@@ -255,13 +257,13 @@ def test_an_existing_run_is_not_overwritten(whole: Run) -> None:
     ],
 )
 def test_resuming_with_other_settings_is_refused_and_names_both_values(
-    override: str, told: str, whole: Run, capsys: pytest.CaptureFixture[str]
+    override: str, message: str, whole: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--config", str(whole.config), "--output-dir", str(whole.out), "--resume", "auto", override]
     assert main(argv) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: --resume goes on with the run in")
-    assert told in error
+    assert error.startswith("error: --resume continues the run in")
+    assert message in error
     assert "--init-from" in error
 
 
@@ -288,7 +290,7 @@ def test_records_past_the_checkpoint_are_dropped_and_a_cut_off_line_too(tmp_path
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:3]
 
 
-def test_a_run_goes_on_in_another_folder_from_a_named_checkpoint(
+def test_a_run_continues_in_another_folder_from_a_named_checkpoint(
     whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """best.pt and metrics.json of the new folder are its own, also if nothing gets better there."""
@@ -318,13 +320,13 @@ def test_the_best_of_a_new_folder_is_the_best_of_what_was_evaluated_there(
     assert last_checkpoint(tmp_path / "second").best_ap == metrics["AP"] < 0.99
 
 
-def test_a_run_goes_on_from_the_best_checkpoint_even_if_that_is_of_the_last_step(whole: Run, tmp_path: Path) -> None:
+def test_a_run_continues_from_the_best_checkpoint_even_if_that_is_of_the_last_step(whole: Run, tmp_path: Path) -> None:
     """Nothing is left to do but the evaluation, of which it does not know yet."""
     state = last_checkpoint(whole.out)
     state.finished, state.evaluation_due = False, True
     save_checkpoint(state, tmp_path / "best.pt")
     metrics = train(load_config(whole.config), tmp_path / "run", resume=str(tmp_path / "best.pt"))
-    assert metrics == json.loads((whole.out / "metrics.json").read_text())
+    assert metrics == read_json(whole.out / "metrics.json")
     assert differing(last_checkpoint(tmp_path / "run"), last_checkpoint(whole.out)) == []
 
 
@@ -337,18 +339,18 @@ def test_a_finished_run_is_not_resumed_into_another_folder(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda c: c["annotations"].pop(), "the images or annotations of .* have changed"),
         (lambda c: c["annotations"][0]["bbox"].__setitem__(0, 1.5), "the images or annotations of .* have changed"),
         (lambda c: c["images"].pop(), "the images or annotations of .* have changed"),
-        (lambda c: c["categories"][0].update(name="circle"), "the run began with"),
-        (lambda c: c["categories"].append({"id": 91, "name": "new"}), "the run began with"),
+        (lambda c: c["categories"][0].update(name="circle"), "the run was started with"),
+        (lambda c: c["categories"].append({"id": 91, "name": "new"}), "the run was started with"),
     ],
-    ids=["annotation gone", "box moved", "image gone", "class renamed", "class added"],
+    ids=["annotation removed", "box moved", "image removed", "class renamed", "class added"],
 )
-def test_a_run_does_not_go_on_with_other_training_data(
-    change: Callable[[Any], object], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_does_not_resume_with_other_training_data(
+    change: Callable[[Any], object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_tiny_data(tmp_path)
     config = tiny_config(tmp_path, data, train__epochs=1, data__val=None)
@@ -360,7 +362,7 @@ def test_a_run_does_not_go_on_with_other_training_data(
     known = {image["id"] for image in content["images"]}
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in known]
     data.train.write_text(json.dumps(content))
-    with pytest.raises(RunError, match=told):
+    with pytest.raises(RunError, match=message):
         train(config, tmp_path / "run", resume="auto")
 
 

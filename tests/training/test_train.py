@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from detector.atomic import read_json
 from detector.checkpoint import load_checkpoint
 from detector.config import resolve_data_paths
 from detector.config_yaml import config_from_dict, load_config
@@ -22,9 +23,10 @@ from detector.evaluation.coco_metrics import Metrics
 from detector.evaluation.evaluate import evaluate_model
 from detector.evaluation.score import score_checkpoint
 from detector.losses import RetinaNetLoss
+from detector.training import preflight as preflight_module
 from detector.training import profiler as trace
 from detector.training import run as run_module
-from detector.training import train as train_module
+from detector.training import validation as validation_module
 from detector.training.compile import compile_step
 from detector.training.preflight import require_settings
 from detector.training.train import train
@@ -66,7 +68,8 @@ def test_a_run_leaves_what_is_promised(whole: Run) -> None:
 
 
 def test_metrics_json_keeps_its_contract(whole: Run) -> None:
-    metrics = json.loads((whole.out / "metrics.json").read_text())
+    assert json.loads((whole.out / "metrics.json").read_text())["format"] == 1
+    metrics = read_json(whole.out / "metrics.json")
     assert list(metrics) == [*TWELVE, "per_class"]
     assert all(isinstance(metrics[name], float) and -1 <= metrics[name] <= 1 for name in TWELVE)
     for row, (name, category_id) in zip(metrics["per_class"], sorted(CLASSES.items(), key=lambda c: c[1]), strict=True):
@@ -87,7 +90,9 @@ def test_a_compiled_run_learns_what_an_eager_one_learns(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Captured as on a GPU, where a break in a graph would be an error; code is not generated, which takes minutes."""
-    monkeypatch.setattr("detector.training.run.compile_step", partial(compile_step, backend="eager", fullgraph=True))
+    monkeypatch.setattr(
+        "detector.training.compile.compile_step", partial(compile_step, backend="eager", fullgraph=True)
+    )
     for name, compile_it in (("eager", False), ("compiled", True)):
         train(tiny_config(tmp_path, data, **SHORT, train__compile=compile_it, data__val=None), tmp_path / name)
     eager, ours = last_checkpoint(tmp_path / "eager").model, last_checkpoint(tmp_path / "compiled").model
@@ -119,7 +124,7 @@ def test_a_run_without_any_fast_path_ends_with_the_same_weights(
         torch.testing.assert_close(fast[key], value, rtol=1e-4, atol=1e-6)
 
 
-def test_too_little_memory_is_told_with_the_sizes_and_the_settings_that_help(
+def test_out_of_memory_is_reported_with_the_sizes_and_the_settings_that_help(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
@@ -128,7 +133,7 @@ def test_too_little_memory_is_told_with_the_sizes_and_the_settings_that_help(
     monkeypatch.setattr(RetinaNetLoss, "forward", full)
     config = tiny_config(tmp_path, data, **SHORT, data__val=None, model__norm="bn", train__precision="fp32")
     with pytest.raises(
-        RunError, match=r"4 pictures of 96 x 64 pixels at once in step 1, and does not; set train.micro_batch=2"
+        RunError, match=r"out of memory at step 1: 4 images of 96 x 64 pixels did not fit; set train.micro_batch=2"
     ):
         train(config, tmp_path / "out")
 
@@ -149,30 +154,30 @@ def test_a_run_that_computes_activations_again_ends_with_the_same_weights(data: 
     assert all(torch.equal(value, again_weights[key]) for key, value in kept.items())
 
 
-def test_some_steps_of_a_run_are_profiled_and_told(
+def test_some_steps_of_a_run_are_profiled_and_reported(
     whole: Run, data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trace, "FIRST", 2)
+    monkeypatch.setattr(trace, "WARMUP_STEPS", 2)
     train(tiny_config(tmp_path, data, **EVERYTHING_ON, train__trace_steps=3), tmp_path / "out")
     events = json.loads(gzip.decompress((tmp_path / "out" / "trace.json.gz").read_bytes()))["traceEvents"]
     updates = [e for e in events if str(e.get("name")).startswith("Optimizer.step#") and e.get("ph") == "X"]
     assert len(updates) == 3
-    told = capsys.readouterr().out
-    assert "where a step's time goes (3 were looked at" in told
-    assert "ms  aten::convolution_backward" in told
-    mine, theirs = (last_checkpoint(folder).model for folder in (tmp_path / "out", whole.out))
-    assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+    printed = capsys.readouterr().out
+    assert "profiler trace of 3 steps in" in printed
+    assert "ms  aten::convolution_backward" in printed
+    actual, reference = (last_checkpoint(folder).model for folder in (tmp_path / "out", whole.out))
+    assert all(torch.equal(value, reference[key]) for key, value in actual.items())
 
 
-def test_a_run_too_short_to_be_profiled_says_so(
+def test_a_run_too_short_to_be_profiled_warns(
     data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tiny_config(tmp_path, data, train__epochs=1, train__trace_steps=3), tmp_path / "out")
-    assert "train.trace_steps 3 will not come to anything: 3 steps are left" in capsys.readouterr().out
+    assert "train.trace_steps=3 has no effect: only 3 steps remain" in capsys.readouterr().out
     assert not (tmp_path / "out" / "trace.json.gz").exists()
 
 
-def test_a_checkpoint_tells_all_about_its_model(whole: Run) -> None:
+def test_a_checkpoint_describes_its_model(whole: Run) -> None:
     state = last_checkpoint(whole.out)
     assert state.categories.names == ("disc", "square", "bar")
     assert state.categories.ids == (3, 7, 90)
@@ -204,16 +209,16 @@ def test_a_rate_that_is_too_high_ends_the_run_with_the_images_named_and_good_che
     config = tiny_config(
         tmp_path, data, optim__lr=1e6, optim__warmup_steps=0, train__checkpoint_every_steps=1, data__val=None
     )
-    with pytest.raises(DivergedError, match="learning rate 1e\\+06, images") as told:
+    with pytest.raises(DivergedError, match="learning rate 1e\\+06, images") as caught:
         train(config, tmp_path / "run")
-    report = json.loads((tmp_path / "run" / "diverged.json").read_text())
-    assert str(report["image_ids"]) in str(told.value)
+    report = read_json(tmp_path / "run" / "diverged.json")
+    assert str(report["image_ids"]) in str(caught.value)
     assert set(report) == {"step", "loss_cls", "loss_box", "grad_norm", "image_ids", "lr", "boxes"}
     assert all(torch.isfinite(t).all() for t in tensors_of(last_checkpoint(tmp_path / "run")).values())
-    assert f"{tmp_path / 'run' / 'checkpoints'} holds the last good checkpoint" in str(told.value)
+    assert f"{tmp_path / 'run' / 'checkpoints'} holds the last good checkpoint" in str(caught.value)
 
 
-def test_a_run_that_diverges_at_once_does_not_speak_of_a_checkpoint(data: TinyData, tmp_path: Path) -> None:
+def test_a_run_that_diverges_at_once_does_not_mention_a_checkpoint(data: TinyData, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, data, optim__lr=1e30, optim__warmup_steps=0, data__val=None)
     with pytest.raises(DivergedError, match="; no checkpoint was saved yet"):
         train(config, tmp_path / "run")
@@ -238,16 +243,16 @@ def test_a_step_that_went_wrong_reaches_no_weights(
         return losses
 
     monkeypatch.setattr(RetinaNetLoss, "forward", broken)
-    with pytest.raises(DivergedError, match="training diverged at step 2") as told:
+    with pytest.raises(DivergedError, match="training diverged at step 2") as caught:
         train(config, tmp_path / "run")
     state = last_checkpoint(tmp_path / "run")
     assert state.step == 2
     assert all(torch.isfinite(t).all() for t in tensors_of(state).values())
-    report = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    report = read_json(tmp_path / "run" / "diverged.json")
     ids = {int(i["id"]) for i in json.loads(data.train.read_text())["images"]}
     assert report["image_ids"]
     assert set(report["image_ids"]) <= ids
-    assert str(report["image_ids"]) in str(told.value)
+    assert str(report["image_ids"]) in str(caught.value)
 
 
 class Explosive(torch.autograd.Function):
@@ -266,7 +271,7 @@ def test_a_run_without_a_val_set_ends_well(data: TinyData, tmp_path: Path) -> No
     assert train(tiny_config(tmp_path, data, **SHORT, data__val=None), tmp_path / "run") == {}
     best, last = (load_checkpoint(tmp_path / "run" / "checkpoints" / f"{n}.pt") for n in ("best", "last"))
     assert differing(best, last) == []
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == {}
+    assert read_json(tmp_path / "run" / "metrics.json") == {}
 
 
 def test_images_without_objects_can_be_trained_and_evaluated_on(tmp_path: Path) -> None:
@@ -289,7 +294,7 @@ def fake_evaluations(monkeypatch: pytest.MonkeyPatch, aps: list[float]) -> None:
         metrics, results = evaluate_model(*arguments, **named)
         return Metrics({**metrics.values, "AP": next(given)}, metrics.per_class), results
 
-    monkeypatch.setattr(run_module, "evaluate_model", fake)
+    monkeypatch.setattr(validation_module, "evaluate_model", fake)
 
 
 def test_the_best_weights_are_kept_and_tested_and_the_last_ones_stay_the_last(
@@ -301,13 +306,13 @@ def test_the_best_weights_are_kept_and_tested_and_the_last_ones_stay_the_last(
     assert (best.step, last.step) == (3, 6)
     assert any(name.startswith("model.") for name in differing(best, last)), "testing must not bring the best back"
     assert (metrics["AP"], metrics["test"]["AP"]) == (0.5, 0.125)
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
+    assert read_json(tmp_path / "run" / "metrics.json") == metrics
     assert list(metrics["test"]) == [*TWELVE, "per_class"]
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
-    """One picture, so that an epoch is one step."""
+    """One image, so that an epoch is one step."""
     annotations = write_coco(tmp_path_factory.mktemp("single") / "one.json", 1, seed=1)
     return TinyData(annotations, annotations)
 
@@ -332,12 +337,12 @@ def test_patience_begins_when_something_is_found(
     assert train(config, tmp_path / "run")["AP"] == 0.5
 
 
-def test_patience_without_a_val_set_is_said_to_be_ignored(
+def test_patience_without_a_val_set_is_a_warning(
     single: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(tmp_path, single, **SHORT, data__val=None, train__early_stop_patience=2)
     train(config, tmp_path / "run")
-    assert "train.early_stop_patience is ignored" in capsys.readouterr().out
+    assert "train.early_stop_patience has no effect without data.val" in capsys.readouterr().out
 
 
 def test_the_last_epoch_is_evaluated_even_if_it_is_not_its_turn(single: TinyData, tmp_path: Path) -> None:
@@ -346,7 +351,7 @@ def test_the_last_epoch_is_evaluated_even_if_it_is_not_its_turn(single: TinyData
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"data__augment": [{"HorizontalFlop": {}}]}, "HorizontalFlop"),
         ({"model__norm": "sync_bn"}, "sync_bn on a CPU"),
@@ -354,15 +359,15 @@ def test_the_last_epoch_is_evaluated_even_if_it_is_not_its_turn(single: TinyData
     ],
 )
 def test_a_mistake_leaves_nothing_that_the_next_attempt_takes_for_a_run(
-    settings: dict[str, Any], told: str, data: TinyData, tmp_path: Path
+    settings: dict[str, Any], message: str, data: TinyData, tmp_path: Path
 ) -> None:
     for _ in range(2):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             train(tiny_config(tmp_path, data, **settings), tmp_path / "run")
 
 
 @pytest.mark.parametrize("classes", [{"disc": 1, "Bar": 2, "hexagon": 5}, {"apple": 1}])
-def test_fine_tuning_takes_over_what_means_the_same_and_says_so(
+def test_fine_tuning_loads_the_weights_that_match_and_reports_them(
     classes: dict[str, int],
     whole: Run,
     tmp_path: Path,
@@ -378,7 +383,7 @@ def test_fine_tuning_takes_over_what_means_the_same_and_says_so(
     )  # fmt: skip
     train(config, tmp_path / "run")
     table = capsys.readouterr().out
-    assert "weights from" in table
+    assert "weights loaded from" in table
     new, old = last_checkpoint(tmp_path / "run"), load_checkpoint(source)
     assert new.categories.names == tuple(classes)
     assert old.ema is not None
@@ -386,50 +391,51 @@ def test_fine_tuning_takes_over_what_means_the_same_and_says_so(
         if not name.startswith("cls_subnet.predictor."):
             assert torch.allclose(weights, old.ema[name], atol=1e-6), f"{name} must come from the averaged weights"
     bias = torch.unflatten(new.model["cls_subnet.predictor.bias"], 0, (9, len(classes)))
-    theirs = torch.unflatten(old.ema["cls_subnet.predictor.bias"], 0, (9, 3))
+    reference = torch.unflatten(old.ema["cls_subnet.predictor.bias"], 0, (9, 3))
     prior = -torch.log(torch.tensor((1 - 0.01) / 0.01)).expand(9)
     shared = {"disc": 0, "Bar": 2}
     for label, name in enumerate(classes):
-        expected = theirs[:, shared[name]] if name in shared else prior
+        expected = reference[:, shared[name]] if name in shared else prior
         assert torch.allclose(bias[:, label], expected, atol=1e-6), name
     assert (("of the same name: disc" in table) and ("Bar <- bar" in table)) == ("disc" in classes)
     assert "new, start from the prior" in table
 
 
 def test_fine_tuning_needs_no_word_about_the_network(whole: Run, data: TinyData, tmp_path: Path) -> None:
-    """It is the checkpoint's: in the run, when it is resumed (the checkpoint being gone by then), and when it is scored."""
+    """It is the checkpoint's: in the run, when it is resumed (the checkpoint having been deleted), and when it is
+    scored."""
     source = tmp_path / "source.pt"
     source.write_bytes((whole.out / "checkpoints" / "last.pt").read_bytes())
     path = write_config(tmp_path / "c.yaml", data, **SHORT, train__init_from=str(source))
     values = yaml.safe_load(path.read_text())
-    theirs = {**values.pop("model"), "backbone_weights": "imagenet"}  # unsaid, and not used
+    reference = {**values.pop("model"), "backbone_weights": "imagenet"}  # not set, and not used
     path.write_text(yaml.safe_dump(values))
     config = load_config(path)
     train(config, tmp_path / "run")
     state = last_checkpoint(tmp_path / "run")
-    assert state.config.model == config_from_dict({"model": theirs}, "x").model
+    assert state.config.model == config_from_dict({"model": reference}, "x").model
     source.unlink()
     assert train(config, tmp_path / "run", resume="auto")["AP"] >= 0
     score_checkpoint(config, tmp_path / "run/checkpoints/best.pt", split="val", output_dir=tmp_path / "scored")
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"model__backbone": "resnet34"}, "model.backbone: resnet34 in the config, resnet18 in the checkpoint"),
         ({"model__norm": "bn"}, "model.norm: bn in the config, gn in the checkpoint"),
         ({"model__head": {"depth": 1, "norm": "gn"}}, "model.head.norm: gn in the config, none in the checkpoint"),
-        ({"model__norm_eps": 1e-3}, "model.norm_eps: 0.001 in the config, 1e-05 in the checkpoint"),
-        ({"model__channel_order": "bgr"}, "model.channel_order: bgr in the config, rgb in the checkpoint"),
-        ({"model__p6_from": "p5"}, "model.p6_from: p5 in the config, c5 in the checkpoint"),
-        ({"model__relu_before_p7": False}, "model.relu_before_p7: False in the config, True in the checkpoint"),
+        ({"model__norm_eps": 1e-3}, "model.compat.norm_eps: 0.001 in the config, 1e-05 in the checkpoint"),
+        ({"model__channel_order": "bgr"}, "model.compat.channel_order: bgr in the config, rgb in the checkpoint"),
+        ({"model__p6_from": "p5"}, "model.compat.p6_from: p5 in the config, c5 in the checkpoint"),
+        ({"model__relu_before_p7": False}, "model.compat.relu_before_p7: False in the config, True in the checkpoint"),
     ],
 )
 def test_fine_tuning_a_network_of_another_build_is_refused(
-    settings: dict[str, Any], told: str, whole: Run, data: TinyData, tmp_path: Path
+    settings: dict[str, Any], message: str, whole: Run, data: TinyData, tmp_path: Path
 ) -> None:
     source = str(whole.out / "checkpoints" / "last.pt")
-    with pytest.raises(ConfigError, match=re.escape(told)):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         train(tiny_config(tmp_path, data, **SHORT, **settings, train__init_from=source), tmp_path / "run")
 
 
@@ -446,56 +452,57 @@ def test_half_precision_trains(data: TinyData, tmp_path: Path) -> None:
     assert all(torch.isfinite(t).all() for t in state.model.values())
 
 
-def test_pictures_that_vanish_while_a_run_goes_on_do_not_end_it_if_it_may_skip(
+def test_images_that_vanish_during_a_run_do_not_end_it_under_skip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One of training, one of evaluation, after all was checked; also where pictures are drawn."""
+    """One of training, one of evaluation, after all was checked; also where images are drawn."""
     data = write_tiny_data(tmp_path)
     settings: dict[str, Any] = {
         "data__on_error": "skip", "train__images_every_epochs": 1, "postprocess__score_thresh": 0.0,
     }  # fmt: skip
     config = tiny_config(tmp_path, data, **SHORT, **settings)
-    announce = run_module.Run.announce
+    summarize = preflight_module.summarize
 
-    def announce_and_remove(*arguments: Any) -> None:
-        announce(*arguments)
+    def summarize_and_remove(*arguments: Any, **named: Any) -> None:
+        summarize(*arguments, **named)
         for file in data:
             next(images_of(file).glob("0010.png")).unlink()
 
-    monkeypatch.setattr(run_module.Run, "announce", announce_and_remove)
-    monkeypatch.setattr(train_module, "prove_pipeline", lambda *_, **__: "")
+    monkeypatch.setattr(run_module, "summarize", summarize_and_remove)
+    monkeypatch.setattr(run_module, "self_check", lambda *_, **__: "")
     assert train(config, tmp_path / "run")["AP"] >= 0
-    assert capsys.readouterr().err.count("0010.png: no such file; it is left out") == 2
+    assert capsys.readouterr().err.count("0010.png: no such file; skipped") == 2
 
 
 @pytest.mark.parametrize("which", ["train", "val"])
-def test_a_folder_that_vanishes_while_a_run_goes_on_ends_it_even_if_it_may_skip(
+def test_a_folder_that_vanishes_during_a_run_ends_it_even_under_skip(
     which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would go on with nothing to learn from, or score nothing, and call that a success."""
+    """It would continue without data to learn from, or score nothing, and call that a success."""
     data = TinyData(*(write_coco(tmp_path / f"{name}.json", 11, seed=1) for name in ("train", "val")))
     config = tiny_config(tmp_path, data, data__on_error="skip")
-    announce = run_module.Run.announce
+    summarize = preflight_module.summarize
 
-    def announce_and_remove(*arguments: Any) -> None:
-        announce(*arguments)
+    def summarize_and_remove(*arguments: Any, **named: Any) -> None:
+        summarize(*arguments, **named)
         shutil.rmtree(tmp_path / which)
 
-    monkeypatch.setattr(run_module.Run, "announce", announce_and_remove)
-    monkeypatch.setattr(train_module, "prove_pipeline", lambda *_, **__: "")
+    monkeypatch.setattr(run_module, "summarize", summarize_and_remove)
+    monkeypatch.setattr(run_module, "self_check", lambda *_, **__: "")
     with pytest.raises(
         DatasetError, match=f"of the 11 images of .*{which}.json cannot be read, for example .*{which}/0"
-    ) as told:
+    ) as caught:
         train(config, tmp_path / "run")
-    count = int(str(told.value).split()[0])
+    count = int(str(caught.value).split()[0])
     assert 5 < count <= 11
-    assert ("--resume auto" in str(told.value)) == (which == "train")
+    assert ("--resume auto" in str(caught.value)) == (which == "train")
 
 
-def test_one_broken_picture_is_one_however_often_it_is_its_turn(
+def test_one_broken_image_is_one_however_often_it_is_its_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The only one of its class, which class-balanced sampling shows again and again, and the only one that is looked at."""
+    """The only one of its class, which class-balanced sampling shows again and again, and the only one that is
+    evaluated."""
     annotations = write_coco(tmp_path / "train.json", 24, seed=1, classes={"disc": 3})
     content = json.loads(annotations.read_text())
     content["categories"].append({"id": 9, "name": "bar"})
@@ -505,42 +512,42 @@ def test_one_broken_picture_is_one_however_often_it_is_its_turn(
     annotations.write_text(json.dumps(content))
     config = tiny_config(
         tmp_path, TinyData(annotations, annotations), **SHORT, data__on_error="skip", data__sampling="class_balanced",
-        train__loss_images=1, postprocess__score_thresh=0.0,
+        train__loss_images=1, train__loss_every_epochs=1, postprocess__score_thresh=0.0,
     )  # fmt: skip
-    announce = run_module.Run.announce
+    summarize = preflight_module.summarize
 
-    def announce_and_remove(*arguments: Any) -> None:
-        announce(*arguments)
+    def summarize_and_remove(*arguments: Any, **named: Any) -> None:
+        summarize(*arguments, **named)
         (images_of(annotations) / content["images"][0]["file_name"]).unlink()
 
-    monkeypatch.setattr(run_module.Run, "announce", announce_and_remove)
-    monkeypatch.setattr(train_module, "prove_pipeline", lambda *_, **__: "")
+    monkeypatch.setattr(run_module, "summarize", summarize_and_remove)
+    monkeypatch.setattr(run_module, "self_check", lambda *_, **__: "")
     train(config, tmp_path / "run")
     assert re.search(r"each 0\.52 to 12 times", capsys.readouterr().out)
 
 
-def test_what_needs_no_data_is_told_before_they_are_looked_at(data: TinyData, tmp_path: Path) -> None:
+def test_errors_that_need_no_data_come_before_the_data_are_checked(data: TinyData, tmp_path: Path) -> None:
     nowhere = {"images": "/nowhere", "annotations": "/nowhere.json"}
     config = tiny_config(tmp_path, data, data__train=nowhere, data__augment=[{"HorizontalFlop": {}}])
     with pytest.raises(ConfigError, match="HorizontalFlop"):
         train(config, tmp_path / "run")
     crop = tiny_config(tmp_path, data, data__augment=[{"RandomCrop": {"height": 600, "width": 600}}])
-    require_settings(crop, fresh=True)  # how large the pictures are is not known yet
+    require_settings(crop, fresh=True)  # how large the images are is not known yet
     missing = str(tmp_path / "none.pt")
     with pytest.raises(WeightsError, match=r"none\.pt"):
         train(tiny_config(tmp_path, data, data__train=nowhere, model__backbone_weights=missing), tmp_path / "run")
 
 
-def test_all_sets_are_looked_at_before_one_is_refused(data: TinyData, tmp_path: Path) -> None:
+def test_all_sets_are_checked_before_one_is_refused(data: TinyData, tmp_path: Path) -> None:
     def broken(name: str) -> dict[str, str]:
         annotations = write_coco(tmp_path / f"{name}.json", 3, seed=1)
         next(images_of(annotations).iterdir()).unlink()
         return split(annotations)
 
     config = tiny_config(tmp_path, data, data__verify="header", data__train=broken("one"), data__test=broken("two"))
-    with pytest.raises(DatasetError) as told:
+    with pytest.raises(DatasetError) as caught:
         train(config, tmp_path / "run")
-    assert all(str(told.value).count(f"{name}.json") >= 1 for name in ("one", "two"))
-    assert "val.json" not in str(told.value)
+    assert all(str(caught.value).count(f"{name}.json") >= 1 for name in ("one", "two"))
+    assert "val.json" not in str(caught.value)
     assert (tmp_path / "run/problems_train.tsv").read_text().startswith("missing image")
     assert (tmp_path / "run/problems_test.tsv").read_text().startswith("missing image")

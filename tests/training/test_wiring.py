@@ -1,4 +1,5 @@
-"""Whether what a config says reaches what does it: each setting that the loop only passes on, seen at its other end."""
+"""Whether a config's settings reach the code that uses them: each setting that the loop only passes on, seen at its
+other end."""
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ from detector.config import Config
 from detector.config_yaml import load_config
 from detector.datasets.images import decode_image
 from detector.datasets.loader import DetectionDataset
-from detector.datasets.sampling import StepPlanner, TrainSampler
+from detector.datasets.sampling import StepPlanner
 from detector.evaluation import evaluate as evaluate_module
 from detector.models import RetinaNet
 from detector.structures import Batch
-from detector.training import train as train_module
+from detector.training import step_reader
 from detector.training.optim import lr_factor, scaled_lr
 from detector.training.run import Run as TrainingRun
 from detector.training.train import train
@@ -107,7 +108,7 @@ def test_momentum_and_decay_are_those_of_the_config(data: TinyData, tmp_path: Pa
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_network_is_trained_and_scored_in_the_precisions_that_the_config_says(
+def test_the_network_is_trained_and_scored_in_the_precisions_of_the_config(
     precision: str, data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are set crosswise, so that one cannot be taken for the other."""
@@ -135,18 +136,21 @@ def batches_of(config: Config, out: Path, monkeypatch: pytest.MonkeyPatch) -> li
     """What a run would train on; all but the training itself is done."""
     seen: list[Batch] = []
 
-    def look(run: TrainingRun, batches: Iterator[Batch], sampler: TrainSampler, *_: Any) -> None:
-        for _step in range(sampler.planner.steps_per_epoch):
-            seen.append(next(batches))
+    steps = TrainingRun.remaining_steps
+
+    def collect(run: TrainingRun, epoch: int) -> Iterator[list[Batch]]:
+        for micro_batches in steps(run, epoch):
+            seen.extend(micro_batches)
             run.state.step += 1
+        return iter(())
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "train_one_epoch", look)
+        patch.setattr(TrainingRun, "remaining_steps", collect)
         train(config, out)
     return seen
 
 
-def pictures_by_id(batches: list[Batch]) -> dict[int, tuple[Tensor, Tensor]]:
+def images_by_id(batches: list[Batch]) -> dict[int, tuple[Tensor, Tensor]]:
     """Of each image its pixels without the padding, and its boxes."""
     found = {}
     for batch in batches:
@@ -162,17 +166,17 @@ def pictures_by_id(batches: list[Batch]) -> dict[int, tuple[Tensor, Tensor]]:
     return found
 
 
-def test_pictures_are_mirrored_and_augmented_as_the_config_says(
+def test_images_are_mirrored_and_augmented_as_configured(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def pictures(name: str, **settings: Any) -> dict[int, tuple[Tensor, Tensor]]:
+    def images(name: str, **settings: Any) -> dict[int, tuple[Tensor, Tensor]]:
         config = tiny_config(tmp_path, data, **ONLY_TRAIN, **({"data__hflip": 0.0} | settings))
-        return pictures_by_id(batches_of(config, tmp_path / name, monkeypatch))
+        return images_by_id(batches_of(config, tmp_path / name, monkeypatch))
 
-    plain = pictures("plain")
+    plain = images("plain")
     assert len(plain) == 11
-    mirrored = pictures("mirrored", data__hflip=1.0)
-    inverted = pictures("inverted", data__augment=[{"InvertImg": {"p": 1.0}}])
+    mirrored = images("mirrored", data__hflip=1.0)
+    inverted = images("inverted", data__augment=[{"InvertImg": {"p": 1.0}}])
     for image_id, (image, boxes) in plain.items():
         width = image.shape[2]
         assert torch.equal(mirrored[image_id][0], image.flip(2))
@@ -180,12 +184,12 @@ def test_pictures_are_mirrored_and_augmented_as_the_config_says(
         torch.testing.assert_close(mirrored[image_id][1], wanted)
         assert int((inverted[image_id][0].int() - (255 - image.int())).abs().max()) <= 1, "resized after, so rounded"
         torch.testing.assert_close(inverted[image_id][1], boxes)
-    some = pictures("some", data__hflip=0.5)
+    some = images("some", data__hflip=0.5)
     turned = sum(torch.equal(some[i][0], mirrored[i][0]) for i in plain)
     assert 0 < turned < 11
 
 
-def test_steps_are_of_several_sizes_and_of_one_orientation_as_the_config_says(
+def test_steps_are_of_several_sizes_and_of_one_orientation_as_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     annotations = write_coco(tmp_path / "train.json", 32, seed=1, sizes=((96, 128), (128, 96)))
@@ -203,7 +207,7 @@ def test_steps_are_of_several_sizes_and_of_one_orientation_as_the_config_says(
     assert any(map(mixed, batches_of(anyhow, tmp_path / "anyhow", monkeypatch)))
 
 
-def test_the_order_of_pictures_is_the_seeds(data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_images_is_the_seeds(data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def order(seed: int, name: str) -> list[int]:
         config = tiny_config(tmp_path, data, **ONLY_TRAIN, train__seed=seed)
         return [int(i) for b in batches_of(config, tmp_path / name, monkeypatch) for i in b.image_ids]
@@ -211,7 +215,7 @@ def test_the_order_of_pictures_is_the_seeds(data: TinyData, tmp_path: Path, monk
     assert order(1, "a") == order(1, "b") != order(2, "c")
 
 
-def test_the_loader_and_the_planner_get_what_the_config_says(
+def test_the_loader_and_the_planner_get_their_settings(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of it, with values that are nobody's default."""
@@ -233,12 +237,13 @@ def test_the_loader_and_the_planner_get_what_the_config_says(
             made["planner"] = {"batch_size": arguments[1], **named}
             super().__init__(*arguments, **named)
 
-    monkeypatch.setattr(train_module, "DetectionDataset", Dataset)
-    monkeypatch.setattr(train_module, "StepPlanner", Planner)
+    monkeypatch.setattr(step_reader, "DetectionDataset", Dataset)
+    monkeypatch.setattr(step_reader, "StepPlanner", Planner)
     batches_of(config, tmp_path / "run", monkeypatch)
     augmentation = made["dataset"].pop("augmentation")
     assert made["dataset"] == {
-        "max_size": 99, "resize": "cv2_bilinear", "hflip": 0.25, "seed": 7, "skip_unreadable": True, "scaled_decode": False,
+        "max_size": 99, "resize": "cv2_bilinear", "hflip": 0.25, "seed": 7, "skip_unreadable": True,
+        "scaled_decode": False,
     }  # fmt: skip
     assert augmentation.pipeline.processors["bboxes"].params.min_visibility == 0.6
     factors = made["planner"].pop("factors")
@@ -250,7 +255,7 @@ def test_the_loader_and_the_planner_get_what_the_config_says(
     }  # fmt: skip
 
 
-# ---- what is scored, shown and said -----------------------------------------------------------------------------
+# ---- what is scored, shown and logged -----------------------------------------------------------------------------
 
 
 def test_a_model_is_scored_with_the_detections_that_the_config_counts(
@@ -268,7 +273,7 @@ def test_a_model_is_scored_with_the_detections_that_the_config_counts(
 def test_the_loss_of_the_val_set_is_what_training_would_make_of_it_in_one_step(
     cls: str, normalizer: str, tmp_path: Path
 ) -> None:
-    """Trained on the same pictures in one step that changes nothing; evaluated in batches of three."""
+    """Trained on the same images in one step that changes nothing; evaluated in batches of three."""
     annotations = write_coco(tmp_path / "both.json", 8, seed=3, sizes=((96, 96),))
     config = tiny_config(
         tmp_path, TinyData(annotations, annotations), train__epochs=1, train__batch_size=8, data__hflip=0.0,
@@ -295,7 +300,7 @@ def test_what_is_scored_and_kept_as_the_result_is_the_average(
         scored.append({k: v.clone() for k, v in model.state_dict().items()})
         return evaluate_module.evaluate_model(model, *arguments, **named)
 
-    monkeypatch.setattr("detector.training.run.evaluate_model", look)
+    monkeypatch.setattr("detector.training.validation.evaluate_model", look)
     config = tiny_config(tmp_path, data, train__epochs=1, train__ema={"decay": 0.9}, optim__warmup_steps=0)
     train(config, tmp_path / "run")
     state = last_checkpoint(tmp_path / "run")
@@ -305,7 +310,7 @@ def test_what_is_scored_and_kept_as_the_result_is_the_average(
     assert all(torch.equal(state.weights[k], value) for k, value in state.ema.items())
 
 
-def test_tensorboard_shows_each_chosen_picture_with_its_truth(
+def test_tensorboard_shows_each_chosen_image_with_its_truth(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tmp_path, data, train__epochs=1, train__images_every_epochs=1)
@@ -313,25 +318,25 @@ def test_tensorboard_shows_each_chosen_picture_with_its_truth(
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0})
     events.Reload()
     tags = sorted(events.Tags()["images"])
-    assert tags == [f"val: truth, predictions/{i}" for i in range(5)]
+    assert tags == [f"val: ground truth, detections/{i}" for i in range(5)]
     content = json.loads(data.val.read_text())
     for i, tag in enumerate(tags):
         (tmp_path / "shown.png").write_bytes(events.Images(tag)[-1].encoded_image_string)
         shown = decode_image(tmp_path / "shown.png", apply_exif=False).astype(int)
-        picture = decode_image(images_of(data.val) / content["images"][i]["file_name"], apply_exif=False)
-        height, width = picture.shape[:2]
+        image = decode_image(images_of(data.val) / content["images"][i]["file_name"], apply_exif=False)
+        height, width = image.shape[:2]
         assert shown.shape[0] >= height
         assert shown.shape[1] >= 2 * width, "truth and predictions side by side"
-        assert shown.std() > 10, "a picture and not an empty canvas"
+        assert shown.std() > 10, "a image and not an empty canvas"
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"model__anchors": {"sizes": [512.0, 600.0, 700.0, 800.0, 900.0]}}, "overlap no anchor by 0.5"),
+        ({"model__anchors": {"sizes": [512.0, 600.0, 700.0, 800.0, 900.0]}}, "have no anchor with IoU >= 0.5"),
         (
             {"postprocess__score_thresh": 0.99},
-            "no score above postprocess.score_thresh 0.99 (the highest of some pictures is 0.01",
+            "no score above postprocess.score_thresh 0.99 (the highest of some images is 0.01",
         ),
         ({"optim__warmup_steps": 7}, "optim.warmup_steps 7 is longer than the run: 3 steps"),
         ({"eval__max_dets": [1, 2, 3], "data__val": "crowded"}, "images hold more than 3 objects"),
@@ -339,9 +344,9 @@ def test_tensorboard_shows_each_chosen_picture_with_its_truth(
     ],
     ids=["anchors", "scores", "warm-up", "maxDets", "empty class"],
 )
-def test_what_looks_wrong_is_said_before_it_costs_hours(
+def test_what_seems_wrong_is_a_warning_before_it_costs_hours(
     settings: dict[str, Any],
-    said: str,
+    message: str,
     data: TinyData,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -357,10 +362,10 @@ def test_what_looks_wrong_is_said_before_it_costs_hours(
         settings = {**settings, "data__val": {"images": str(images_of(annotations)), "annotations": str(annotations)}}
     batches_of(tiny_config(tmp_path, data, **{"train__epochs": 1, **settings}), tmp_path / "run", monkeypatch)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert any(said in line for line in warnings), warnings
+    assert any(message in line for line in warnings), warnings
 
 
-def test_nothing_is_said_of_a_run_with_nothing_unusual(
+def test_a_run_with_nothing_unusual_has_no_warnings(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(tmp_path, data, postprocess__score_thresh=0.0, train__epochs=1)
@@ -368,13 +373,13 @@ def test_nothing_is_said_of_a_run_with_nothing_unusual(
     assert "warning" not in capsys.readouterr().out
 
 
-def test_going_on_with_other_versions_or_threads_is_said(
+def test_resuming_with_other_versions_or_threads_is_a_warning(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config(write_config(tmp_path / "c.yaml", data, train__checkpoint_every_steps=1, data__val=None))
 
-    def stop_soon(run: TrainingRun) -> None:
-        save(run)
+    def stop_soon(run: TrainingRun, *name: str) -> None:
+        save(run, *name)
         raise KeyboardInterrupt
 
     save = TrainingRun.save
@@ -384,9 +389,9 @@ def test_going_on_with_other_versions_or_threads_is_said(
             train(config, tmp_path / "run")
     capsys.readouterr()
     versions = {"torch": "1.0", "torchvision": "0.1", "device": "cpu", "threads": "64", "processes": "1"}
-    monkeypatch.setattr("detector.training.run.versions_of_everything", lambda _: versions)
+    monkeypatch.setattr("detector.training.setup.numeric_versions", lambda _: versions)
     train(config, tmp_path / "run", resume="auto")
-    said = capsys.readouterr().out
-    assert f"warning: torch was {torch.__version__}, is 1.0: the run goes on, but not bit for bit" in said
-    assert "threads was 1, is 64" in said
-    assert "device was" not in said
+    printed = capsys.readouterr().out
+    assert f"warning: torch was {torch.__version__}, is 1.0: resuming, but results will not be bit-identical" in printed
+    assert "threads was 1, is 64" in printed
+    assert "device was" not in printed

@@ -1,1 +1,1 @@
-"""Speed and memory beside a peer, in one process."""
+"""Speed and memory compared with a peer in one process."""

@@ -1,4 +1,4 @@
-"""Timing several ways to do one thing, fairly: interleaved, repeated, with the noise of the machine beside the result."""
+"""Fair timing of several implementations: interleaved, repeated, with the noise of the machine."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from detector.memory import Work, peak_of
-from detector.training.profiler import profiler_of, slowest
+from detector.training.profiler import create_profiler, slowest
 
 
 @dataclass
-class Measured:
-    """One way's repetitions."""
+class Timings:
+    """The repetitions of one implementation."""
 
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
-    """Of memory above what was held before, in one repetition; GPU memory where there is a GPU."""
+    """Peak memory of one repetition beyond what was allocated before; GPU memory if there is a GPU."""
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median of the repetitions, in seconds."""
         return statistics.median(self.seconds)
 
     @property
@@ -39,28 +39,35 @@ class Measured:
         return (high - low) / 2 / self.median
 
 
-def interleaved(ways: Mapping[str, Work], *, repeats: int, warmup: int, device: torch.device) -> dict[str, Measured]:
-    """Every way in turn, again and again, so that a machine that gets slower does so for all.
+def interleaved(works: Mapping[str, Work], *, repeats: int, warmup: int, device: torch.device) -> dict[str, Timings]:
+    """Time implementations in alternation, so that a machine that becomes slower does so for all of them.
 
-    The first way is timed twice in each round; its second series comes back as "again", and what lies between the two is the
-    noise. Others come after each of them, so that the first does not find in the caches what it has just left there.
+    Args:
+        works: by name; the first one is "ours".
+        repeats: rounds.
+        warmup: repetitions of each before the first round.
+        device: where they compute.
+
+    Returns:
+        The timings by name. In each round, ours is timed twice; the second series is "again", and the difference of the
+        two is the noise. The others follow each of the two, so that ours does not find its own data in the caches.
     """
-    first, *others = ways
+    first, *others = works
     order = [first, *others, "again", *others]
-    doing = {**ways, "again": ways[first]}
-    measured = {name: Measured() for name in order}
-    for name in ways:
+    work_of = {**works, "again": works[first]}
+    timings = {name: Timings() for name in order}
+    for name in works:
         for _ in range(warmup):
-            doing[name]()
-        measured[name].peak_bytes = peak_of(doing[name], device)
+            work_of[name]()
+        timings[name].peak_bytes = peak_of(work_of[name], device)
     for _ in range(repeats):
         for name in order:
-            measured[name].seconds.append(seconds_of(doing[name], device))
-    return measured
+            timings[name].seconds.append(seconds_of(work_of[name], device))
+    return timings
 
 
 def seconds_of(work: Work, device: torch.device) -> float:
-    """Time of one repetition, on the device."""
+    """Return the time of one repetition on the device, in seconds."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
@@ -69,31 +76,31 @@ def seconds_of(work: Work, device: torch.device) -> float:
         end.record()
         torch.cuda.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
-    begun = time.perf_counter()
+    started = time.perf_counter()
     work()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
-def noise(measured: Mapping[str, Measured], first: str) -> float:
-    """How far two series of the same lie apart, as a share."""
-    a, b = measured[first].median, measured["again"].median
+def noise(timings: Mapping[str, Timings]) -> float:
+    """Relative difference between the two series of ours."""
+    a, b = timings["ours"].median, timings["again"].median
     return abs(a - b) / min(a, b)
 
 
 def flops_of(work: Work) -> float:
-    """Floating-point operations of convolutions and matrix products, a multiplication and an addition counted as two."""
+    """Count the floating-point operations of convolutions and matrix products; a multiply-add counts as two."""
     with FlopCounterMode(display=False) as counter:
         work()
     return float(counter.get_total_flops())
 
 
-def where_time_goes(work: Work, device: torch.device, trace: Path) -> list[tuple[str, float]]:
+def profile_operations(work: Work, device: torch.device, trace: Path) -> list[tuple[str, float]]:
     """Profile three repetitions; writes a trace for chrome://tracing or Perfetto.
 
     Returns:
-        The kernels (on a CPU, the operations) that took most, with their milliseconds in a repetition.
+        The slowest kernels (on a CPU, operations), with their milliseconds per repetition.
     """
-    with profiler_of(device) as profiler:
+    with create_profiler(device) as profiler:
         for _ in range(3):
             work()
         if device.type == "cuda":
@@ -104,8 +111,8 @@ def where_time_goes(work: Work, device: torch.device, trace: Path) -> list[tuple
 
 
 def machine_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the best that this machine does now: a matrix product on a GPU, on a CPU the best of a product
-    and a convolution as the subnets do it."""
+    """Measure the machine's floating-point operations per second: a matrix product on a GPU; on a CPU, the faster of a
+    matrix product and a convolution like the subnets'."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     works: list[tuple[float, Work]] = [(2.0 * size**3, lambda: a @ b)]
@@ -122,7 +129,7 @@ def machine_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides the code."""
+    """Hardware, threads and versions, on which figures depend."""
     import platform
 
     import torchvision

@@ -1,4 +1,4 @@
-"""What happens before and after the network: loading pictures, scoring results."""
+"""Benchmarks of what happens before and after the network: loading images, opening annotations, scoring detections."""
 
 from __future__ import annotations
 
@@ -18,73 +18,74 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from detector.datasets.coco import CocoDataset, read_coco
+from detector.config import Engine
+from detector.datasets.coco import CocoDataset
 from detector.datasets.loader import DetectionDataset, build_loader
+from detector.datasets.opening import read_coco
 from detector.datasets.sampling import StepPlanner, TrainSampler
-from detector.evaluation.coco_metrics import CocoResults, evaluate
+from detector.evaluation.coco_metrics import evaluate
+from detector.evaluation.coco_results import CocoResults
 from detector.structures import Batch, Categories, GroundTruth
-from tools.benchmarks.measure import Measured, interleaved, noise
+from tools.benchmarks.measure import Timings, interleaved
+from tools.benchmarks.rows import Options, Row, figures
 
 
 def scoring(images: int, *, repeats: int) -> dict[str, Any]:
-    """COCO's metrics of `images` pictures with 100 detections each, 80 classes and objects as crowded as COCO's, by both engines.
+    """Time COCO's metrics by hotcoco ("ours") and pycocotools, for images with 100 detections each, 80 classes and as
+    many objects as in COCO.
 
     Raises:
-        AssertionError: the numbers differ in a single bit.
+        AssertionError: a metric differs in a single bit.
     """
-    truth, results = _results(images)
-    timed = {"ours": Measured(), "again": Measured(), "peer": Measured()}
-    found = {}
-    for name, engine, count in (
-        ("ours", "hotcoco", repeats),
-        ("peer", "pycocotools", 1),
-        ("again", "hotcoco", repeats),
-    ):
+    ground_truth, results = _results(images)
+    timings = {"ours": Timings(), "again": Timings(), "peer": Timings()}
+    metrics = {}
+    series: tuple[tuple[str, Engine, int], ...] = (
+        ("ours", "hotcoco", repeats), ("peer", "pycocotools", 1), ("again", "hotcoco", repeats),
+    )  # fmt: skip
+    for name, engine, count in series:
         for _ in range(count):
-            begun = time.perf_counter()
-            found[name] = evaluate(truth, results, engine=engine, max_dets=(1, 10, 100))  # type: ignore[arg-type]
-            timed[name].seconds.append(time.perf_counter() - begun)
-    assert found["ours"].to_json() == found["peer"].to_json(), "the engines differ"
-    return {
-        "noise": noise(timed, "ours"), "ratio": timed["peer"].median / timed["ours"].median,
-        **{name: {"median_ms": timed[name].median * 1e3, "spread": timed[name].spread, "seconds": timed[name].seconds}
-           for name in ("ours", "peer")},
-    }  # fmt: skip
+            started = time.perf_counter()
+            metrics[name] = evaluate(ground_truth, results, engine=engine, max_dets=(1, 10, 100))
+            timings[name].seconds.append(time.perf_counter() - started)
+    assert metrics["ours"].to_json() == metrics["peer"].to_json(), "the engines differ"
+    return figures(timings)
 
 
 def _results(images: int) -> tuple[GroundTruth, CocoResults]:
     rng = np.random.default_rng(0)
-    per_image = rng.poisson(7.3, images)  # COCO's val: 36,781 objects in 5,000 pictures
+    per_image = rng.poisson(7.3, images)  # COCO val2017: 36,781 objects in 5,000 images
     owner = np.repeat(np.arange(images), per_image)
     count = len(owner)
     size = np.exp(rng.uniform(2, 5.5, (count, 2)))
     boxes = np.concatenate([rng.uniform(0, 400, (count, 2)), size], axis=1)
     classes = rng.integers(0, 80, count)
-    truth = GroundTruth(
+    ground_truth = GroundTruth(
         Categories(tuple(range(1, 81)), tuple(f"class {k}" for k in range(80))), np.arange(images), owner, classes + 1,
         boxes, boxes[:, 2] * boxes[:, 3], rng.random(count) < 0.01,
     )  # fmt: skip
-    found = np.repeat(np.arange(images), 100)
-    # a third of the detections near an object of their picture, the others anywhere
+    image_ids = np.repeat(np.arange(images), 100)
+    # a third of the detections are near an object of their image, the others anywhere
     first = np.cumsum(per_image) - per_image
-    near = first[found] + (rng.random(len(found)) * np.maximum(1, per_image[found])).astype(int)
+    near = first[image_ids] + (rng.random(len(image_ids)) * np.maximum(1, per_image[image_ids])).astype(int)
     near = np.minimum(near, count - 1)
-    shaken = boxes[near] * rng.normal(1, 0.08, (len(found), 4))
-    anywhere = np.concatenate(
-        [rng.uniform(0, 400, (len(found), 2)), np.exp(rng.uniform(2, 5.5, (len(found), 2)))], axis=1
+    count = len(image_ids)
+    jittered = boxes[near] * rng.normal(1, 0.08, (count, 4))
+    anywhere = np.concatenate([rng.uniform(0, 400, (count, 2)), np.exp(rng.uniform(2, 5.5, (count, 2)))], axis=1)
+    close = (rng.random(count) < 0.33) & (per_image[image_ids] > 0)
+    labels = np.where(close & (rng.random(count) < 0.8), classes[near], rng.integers(0, 80, count))
+    detections = np.where(close[:, None], np.abs(jittered), anywhere)
+    return ground_truth, CocoResults(
+        image_ids.astype(np.int64), labels.astype(np.int64) + 1, detections, rng.random(count)
     )
-    close = (rng.random(len(found)) < 0.33) & (per_image[found] > 0)
-    kinds = np.where(close & (rng.random(len(found)) < 0.8), classes[near], rng.integers(0, 80, len(found)))
-    detections = np.where(close[:, None], np.abs(shaken), anywhere)
-    return truth, CocoResults(found.astype(np.int64), kinds.astype(np.int64) + 1, detections, rng.random(len(found)))
 
 
 def opening(images: int, *, repeats: int) -> dict[str, Any]:
-    """An annotation file of `images` pictures, 7.3 objects each with outlines, made ready for use: read, checked and indexed by
+    """Time opening an annotation file with 7.3 objects and their outlines per image: read, validated and indexed by
     ours, read and indexed by pycocotools.
 
     Raises:
-        AssertionError: they do not find the same.
+        AssertionError: the annotations differ.
     """
     with tempfile.TemporaryDirectory() as folder:
         annotations = Path(folder) / "annotations.json"
@@ -93,39 +94,35 @@ def opening(images: int, *, repeats: int) -> dict[str, Any]:
         def read_ours() -> CocoDataset:
             return read_coco(annotations, None, progress=False)
 
-        def read_theirs() -> Any:
+        def read_peer() -> Any:
             with contextlib.redirect_stdout(io.StringIO()):
                 return COCO(str(annotations))
 
-        ours, theirs = read_ours(), read_theirs()
-        boxes = {(a["image_id"], a["category_id"], *a["bbox"]) for a in theirs.anns.values()}
-        owner = np.repeat(ours.image_ids, np.diff(ours.starts)).tolist()
-        classes = np.array(ours.categories.ids)[ours.labels].tolist()
-        assert {(i, c, *b) for i, c, b in zip(owner, classes, ours.xywh.tolist(), strict=True)} == boxes, "they differ"
-        del ours, theirs, boxes, owner, classes
-        timed = interleaved(
-            {"ours": read_ours, "peer": read_theirs}, repeats=repeats, warmup=0, device=torch.device("cpu")
+        ours, peer = read_ours(), read_peer()
+        expected = {(a["image_id"], a["category_id"], *a["bbox"]) for a in peer.anns.values()}
+        image_ids = np.repeat(ours.image_ids, np.diff(ours.starts)).tolist()
+        category_ids = np.array(ours.categories.ids)[ours.labels].tolist()
+        boxes = ours.xywh.tolist()
+        assert {(i, c, *b) for i, c, b in zip(image_ids, category_ids, boxes, strict=True)} == expected, "they differ"
+        del ours, peer, expected, image_ids, category_ids, boxes
+        timings = interleaved(
+            {"ours": read_ours, "peer": read_peer}, repeats=repeats, warmup=0, device=torch.device("cpu")
         )
         size = annotations.stat().st_size
-    return {
-        "noise": noise(timed, "ours"), "ratio": timed["peer"].median / timed["ours"].median, "file_mb": size / 1e6,
-        **{name: {"median_ms": timed[name].median * 1e3, "spread": timed[name].spread, "seconds": timed[name].seconds,
-                  "peak_mb": timed[name].peak_bytes / 1e6}
-           for name in ("ours", "peer")},
-    }  # fmt: skip
+    return {"file_mb": size / 1e6, **figures(timings)}
 
 
 def _annotations(images: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     owner = np.repeat(np.arange(images), rng.poisson(7.3, images)).tolist()
     boxes = np.concatenate([rng.uniform(0, 400, (len(owner), 2)), rng.uniform(5, 80, (len(owner), 2))], axis=1)
-    outlines = rng.uniform(0, 400, (len(owner), 48)).round(2).tolist()  # COCO's median is about 24 corners
+    outlines = rng.uniform(0, 400, (len(owner), 48)).round(2).tolist()  # COCO's median is about 24 points
     return {
         "images": [{"id": i, "file_name": f"{i:012}.jpg", "width": 640, "height": 480} for i in range(images)],
         "annotations": [
             {
-                "id": k + 1, "image_id": i, "category_id": k % 80 + 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0,
-                "segmentation": [outline],
+                "id": k + 1, "image_id": i, "category_id": k % 80 + 1, "bbox": box, "area": box[2] * box[3],
+                "iscrowd": 0, "segmentation": [outline],
             }
             for k, (i, box, outline) in enumerate(zip(owner, boxes.round(2).tolist(), outlines, strict=True))
         ],
@@ -140,36 +137,35 @@ def loading(
     batch: int,
     repeats: int,
     stored: tuple[int, int] = (480, 640),
-    pictures: int | None = None,
+    images: int | None = None,
 ) -> dict[str, Any]:
-    """JPEG files, mirrored by chance and resized to `size`, as batches; images a second once the workers run. Also ours of
-    an epoch whose pictures are kept (`data.cache_gb`)."""
+    """Time JPEG files, flipped at random and resized to `size`, to batches, once the workers are busy; ours also in an
+    epoch with cached images (`data.cache_gb`).
+
+    Args:
+        size: height and width of the network input.
+        workers: loader processes.
+        batch: images per batch.
+        repeats: rounds.
+        stored: height and width of the files.
+        images: number of files; None: enough for the measurement.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        count = pictures or (256 if stored[0] * stored[1] < 1e6 else 6 * batch)
-        annotations = write_pictures(Path(folder), count, stored)
-        timed = {name: Measured() for name in ("ours", "peer", "kept", "again")}
+        count = images or (256 if stored[0] * stored[1] < 1e6 else 6 * batch)
+        annotations = write_images(Path(folder), count, stored)
+        timings = {name: Timings() for name in ("ours", "peer", "cached", "again")}
         for _ in range(repeats):
-            for name in timed:
+            for name in timings:
                 if name == "peer":
-                    seconds = _their_seconds(annotations, size, workers, batch)
+                    seconds = _peer_seconds(annotations, size, workers, batch)
                 else:
-                    seconds = _our_seconds(annotations, size, workers, batch, keep=name == "kept")
-                timed[name].seconds.append(seconds)
-    figures: dict[str, Any] = {
-        name: {
-            "median_ms": one.median * 1e3,
-            "spread": one.spread,
-            "images_per_second": 1 / one.median,
-            "seconds": one.seconds,
-        }
-        for name, one in timed.items()
-        if name != "again"
-    }
-    return {"noise": noise(timed, "ours"), "ratio": timed["peer"].median / timed["ours"].median, **figures}
+                    seconds = _our_seconds(annotations, size, workers, batch, cached=name == "cached")
+                timings[name].seconds.append(seconds)
+    return figures(timings, images=1)
 
 
-def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
-    """JPEG files of soft noise, seven objects each, and their COCO file."""
+def write_images(folder: Path, count: int, size: tuple[int, int]) -> Path:
+    """Write JPEG files of smooth noise with seven objects each; returns their COCO file."""
     height, width = size
     rng = np.random.default_rng(0)
     images, objects = [], []
@@ -197,16 +193,20 @@ def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
     return path
 
 
-def _our_seconds(annotations: Path, size: tuple[int, int], workers: int, batch: int, *, keep: bool) -> float:
-    """A picture's share, from the end of the first batches to that of the last; of the second epoch alone with `keep`."""
-    loader, steps_per_epoch = our_loader(annotations, size, workers, batch, keep=keep)
-    return _seconds(loader, skip=2 * workers + keep * steps_per_epoch, batch=batch)
+def _our_seconds(annotations: Path, size: tuple[int, int], workers: int, batch: int, *, cached: bool) -> float:
+    """Seconds per image, without the first batches; with `cached`, of the second epoch only."""
+    loader, steps_per_epoch = our_loader(annotations, size, workers, batch, cached=cached)
+    return _seconds(loader, skip=2 * workers + cached * steps_per_epoch, batch=batch)
 
 
 def our_loader(
-    annotations: Path, size: tuple[int, int], workers: int, batch: int, *, keep: bool = False, epochs: int = 2
+    annotations: Path, size: tuple[int, int], workers: int, batch: int, *, cached: bool = False, epochs: int = 2
 ) -> tuple[DataLoader[Batch], int]:
-    """As training reads, some epochs, two steps a worker and one more; and the steps of an epoch."""
+    """Build the loader of a training with some epochs, two more steps per worker and one more.
+
+    Returns:
+        The loader, and the steps per epoch.
+    """
     coco = read_coco(annotations, annotations.parent, verify="none", progress=False)
     planner = StepPlanner(
         coco.sizes,
@@ -218,15 +218,15 @@ def our_loader(
         seed=0,
     )
     dataset = DetectionDataset(coco, max_size=max(size), hflip=0.5, scaled_decode=True)
-    if keep:
-        dataset.keep_pictures(10**10, min_sizes=[min(size)])
+    if cached:
+        dataset.enable_cache(10**10, min_sizes=[min(size)])
     sampler = TrainSampler(planner, 0, epochs * planner.steps_per_epoch + 2 * workers + 1)
     loader = build_loader(dataset, sampler, num_workers=workers, pin_memory=torch.cuda.is_available())
     return loader, planner.steps_per_epoch
 
 
 class _Reference(Dataset[tuple[Tensor, Any]]):
-    """As torchvision's reference scripts read, and then resized as their model does it."""
+    """Images as torchvision's reference scripts read them, resized as torchvision's model does."""
 
     def __init__(self, annotations: Path, size: tuple[int, int]) -> None:
         content = json.loads(annotations.read_text())
@@ -243,7 +243,7 @@ class _Reference(Dataset[tuple[Tensor, Any]]):
             return self.transforms(image.convert("RGB")), {}
 
 
-def _their_seconds(annotations: Path, size: tuple[int, int], workers: int, batch: int) -> float:
+def _peer_seconds(annotations: Path, size: tuple[int, int], workers: int, batch: int) -> float:
     loader = DataLoader(_Reference(annotations, size), batch, shuffle=True, num_workers=workers, collate_fn=_batched)
     return _seconds(loader, skip=2 * workers, batch=batch)
 
@@ -253,9 +253,31 @@ def _batched(samples: list[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:
 
 
 def _seconds(loader: Any, *, skip: int, batch: int) -> float:
-    begun, done = 0.0, 0
+    """Seconds per image of the batches after the first `skip` + 1."""
+    started, batches = 0.0, 0
     for i, _ in enumerate(loader):
         if i == skip:
-            begun = time.perf_counter()
-        done += i > skip
-    return (time.perf_counter() - begun) / (done * batch)
+            started = time.perf_counter()
+        batches += i > skip
+    return (time.perf_counter() - started) / (batches * batch)
+
+
+def eval_case(options: Options) -> list[Row]:
+    """COCO's metrics by hotcoco and by pycocotools."""
+    title = f"{options.images} images, {100 * options.images} detections"
+    return [{"case": "eval", "row": title, **scoring(options.images, repeats=options.repeats)}]
+
+
+def open_case(options: Options) -> list[Row]:
+    """An annotation file opened by ours and by pycocotools."""
+    row = opening(options.images, repeats=options.repeats)
+    return [{"case": "open", "row": f"{options.images} images, {row['file_mb']:.0f} MB", **row}]
+
+
+def loader_case(options: Options) -> list[Row]:
+    """JPEG files to batches by ours and by torchvision's reference pipeline."""
+    row = loading(
+        options.size, workers=options.workers, batch=options.batch, repeats=options.repeats, stored=options.image_size
+    )
+    title = "{} workers, from {} x {}".format(options.workers, *options.image_size)
+    return [{"case": "loader", "row": title, **options.workload, **row}]

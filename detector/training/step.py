@@ -1,0 +1,160 @@
+"""One optimizer step: assign, normalize, forward, backward, clip; then update."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detector import distributed
+from detector.assign.assignment import Assignment
+from detector.config import Precision
+from detector.losses.retinanet import Normalizers, RetinaNetLoss
+from detector.models.retinanet import RetinaNet
+from detector.precision import autocast
+from detector.structures import Batch, HeadOutputs
+from detector.training.ema import Ema
+
+
+@dataclass
+class Learner:
+    """Everything that an optimizer step reads and changes."""
+
+    model: RetinaNet
+    network: nn.Module
+    """`model`, or its DistributedDataParallel wrapper."""
+    loss: RetinaNetLoss
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    """Enabled for fp16 only."""
+    precision: Precision
+    device: torch.device
+    clip_grad_norm: float | None = None
+    processes: int = 1
+    """Processes that share a step; 1 leaves out all communication."""
+    ema: Ema | None = None
+
+    @property
+    def evaluated_model(self) -> RetinaNet:
+        """The EMA weights, where there are any."""
+        if self.ema is None:
+            return self.model
+        model: RetinaNet = self.ema.model  # type: ignore[assignment]  # a copy of `self.model`
+        return model
+
+
+class StepResult(NamedTuple):
+    """What a step computed; scalars on the device, so that keeping it is no sync point."""
+
+    loss_cls: Tensor
+    loss_box: Tensor
+    """The losses of this process's images; those of all processes add up to the step's."""
+    grad_norm: Tensor
+    num_pos: Tensor
+    """Positive anchors of all micro-batches and processes."""
+    normalizers: Normalizers
+    assignments: list[Assignment]
+    """One per micro-batch of this process."""
+
+
+def train_step(learner: Learner, micro_batches: Sequence[Batch]) -> StepResult:
+    """Compute the gradients of one optimizer step and clip them; `optimizer_step` then applies them.
+
+    The losses are divided by sums over all micro-batches and processes. Most assigners need no outputs of the network:
+    all micro-batches are assigned first, and the sums are known before the first forward pass. An assigner that needs
+    outputs costs nothing more where a step is one micro-batch. With several, each is first passed through the network
+    without a gradient (about a third of a step's time), because the sums must be known before the first backward pass
+    and only one micro-batch's activations fit into memory.
+
+    Args:
+        learner: the network and what trains it.
+        micro_batches: of this process, on its device.
+    """
+    loss, model = learner.loss, learner.model
+    ahead = not loss.assigner.needs_outputs or len(micro_batches) > 1
+    assignments = [_assign_ahead(learner, batch) for batch in micro_batches] if ahead else []
+    if ahead:
+        num_pos, normalizers = _sum_over_step(learner, assignments, micro_batches)
+    loss_cls = loss_box = torch.zeros((), device=learner.device)
+    for i, batch in enumerate(micro_batches):
+        with _no_gradient_exchange(learner, unless=i == len(micro_batches) - 1):
+            with autocast(learner.precision, learner.device):
+                outputs = learner.network(batch.images, batch.image_sizes)
+            if not ahead:
+                grids = model.grids_of(batch.images)
+                assignments = [loss.assign(outputs.anchors, batch.targets, grids=grids, outputs=_detached(outputs))]
+                num_pos, normalizers = _sum_over_step(learner, assignments, micro_batches)
+            parts = loss(outputs, batch.targets, assignment=assignments[i], normalizers=normalizers)
+            total = parts["loss_cls"] + parts["loss_box"]
+            # DDP averages over processes, but the normalizers are those of all of them already.
+            learner.scaler.scale(total * learner.processes).backward()
+        loss_cls, loss_box = loss_cls + parts["loss_cls"].detach(), loss_box + parts["loss_box"].detach()
+    learner.scaler.unscale_(learner.optimizer)
+    trained = [p for p in model.parameters() if p.grad is not None]
+    grad_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if learner.clip_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(trained, learner.clip_grad_norm, grad_norm)
+    return StepResult(loss_cls, loss_box, grad_norm, num_pos, normalizers, assignments)
+
+
+def optimizer_step(learner: Learner, *, step: int) -> None:
+    """Apply the gradients of `train_step` and update the EMA weights; `step` counts the steps including this one."""
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    learner.optimizer.zero_grad(set_to_none=True)
+    if learner.ema is not None:
+        learner.ema.update(learner.model, step)
+
+
+def _assign_ahead(learner: Learner, batch: Batch) -> Assignment:
+    """Assign a micro-batch before its forward pass, or by one of its own without a gradient."""
+    model, outputs = learner.model, None
+    if learner.loss.assigner.needs_outputs:
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with torch.no_grad(), autocast(learner.precision, learner.device):
+            outputs = model(batch.images, batch.image_sizes)
+        for name, buffer in model.named_buffers():  # running statistics must see each batch once
+            buffer.copy_(buffers[name])
+    return learner.loss.assign(
+        model.anchors_of(batch.images), batch.targets, grids=model.grids_of(batch.images), outputs=outputs
+    )
+
+
+def _sum_over_step(
+    learner: Learner, assignments: Sequence[Assignment], micro_batches: Sequence[Batch]
+) -> tuple[Tensor, Normalizers]:
+    """Positive anchors and normalizers of all micro-batches and processes."""
+    rows = []
+    for assignment, batch in zip(assignments, micro_batches, strict=True):
+        own = learner.loss.normalizers(assignment, (batch.index >= 0).sum())
+        rows.append(torch.stack([assignment.num_pos.sum().float(), *own]))
+    sums = torch.stack(rows).sum(dim=0)
+    if learner.processes > 1:
+        sums = distributed.sum_over_processes(sums)
+    num_pos, *normalizers = sums.unbind()
+    return num_pos, Normalizers(*normalizers)
+
+
+def _detached(outputs: HeadOutputs) -> HeadOutputs:
+    def detach(levels: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(level.detach() for level in levels)
+
+    quality = None if outputs.quality is None else detach(outputs.quality)
+    return outputs._replace(
+        cls_logits=detach(outputs.cls_logits), box_deltas=detach(outputs.box_deltas), quality=quality
+    )
+
+
+@contextlib.contextmanager
+def _no_gradient_exchange(learner: Learner, *, unless: bool) -> Iterator[None]:
+    """Skip DDP's exchange of gradients for all micro-batches but the last."""
+    if isinstance(learner.network, DistributedDataParallel) and not unless:
+        with learner.network.no_sync():
+            yield
+    else:
+        yield
