@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from detector.cli import tools_folder
+from detector.cli import package_folder
 
 COMMANDS = {
     "train": "train a detector from a YAML config",
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: COMMAND must be one of {', '.join(COMMANDS)}, got {name}", file=sys.stderr)
         return 2
-    path = tools_folder() / f"{name}.py"
+    path = package_folder("tools") / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"detector_tools_{name}", path)
     assert spec is not None
     assert spec.loader is not None

@@ -48,8 +48,8 @@ def require_checkpoint(path: Path) -> None:
         raise CheckpointError(f"checkpoint {path} does not exist{hint}")
 
 
-def tools_folder() -> Path:
-    """The folder of the command-line tools: inside an installed package, or next to it in a clone."""
+def package_folder(name: str) -> Path:
+    """The folder of the command-line `tools` or of the `configs`: in an installed package, or next to it in a clone."""
     package = Path(__file__).resolve().parent
-    installed = package / "tools"
-    return installed if installed.is_dir() else package.parent / "tools"
+    installed = package / name
+    return installed if installed.is_dir() else package.parent / name

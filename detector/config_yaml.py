@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from detector.cli import package_folder
 from detector.config import NOT_PART_OF_THE_MODEL, AnySection, Config, Section
 from detector.config_errors import ConfigTree, field_at, first_source, may_be_null, section_type, shown, validated
 from detector.config_formats import FORMAT, MOVED, KeyPath, require_known, upgraded
@@ -164,6 +165,13 @@ def _requires_value(path: KeyPath) -> bool:
     return field is not None and not (may_be_null(field) or field.annotation is str or section_type(field.annotation))
 
 
+def _recipe_hint(path: Path) -> str:
+    """Where the recipe of this name is that comes with the package, if there is one."""
+    name = Path(*path.parts[-2:]) if path.parent.name == "_base_" else Path(path.name)
+    recipe = next(iter(sorted(package_folder("configs").rglob(str(name)))), None)
+    return f"; the recipe of this name is {recipe}" if recipe is not None else ""
+
+
 def _read_file(path: Path, parents: tuple[Path, ...]) -> ConfigTree:
     resolved = path.resolve()
     if resolved in parents:
@@ -172,7 +180,7 @@ def _read_file(path: Path, parents: tuple[Path, ...]) -> ConfigTree:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        hint = f"; did you mean {path.parent / near[0]}?" if near else _recipe_hint(path)
         named = f" (named by `_base_` in {parents[-1]})" if parents else ""
         raise ConfigError(f"config file {path} does not exist{named}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:

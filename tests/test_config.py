@@ -742,3 +742,11 @@ def test_differences_are_listed_with_both_values() -> None:
     assert config_differences(Config(), other, ["optim.lr", "loss"]) == [("optim.lr", 0.01, 0.5)]
     assert config_differences(Config(), other, []) == []
     assert config_differences(Config(), other, ["optim.l"]) == [], "a key, not the start of one"
+
+
+def test_a_missing_file_with_the_name_of_a_recipe_names_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("_base_: elsewhere/_base_/retinanet.yaml\n")
+    with pytest.raises(ConfigError, match=r"`_base_` in .*; the recipe of this name is .*_base_/retinanet\.yaml"):
+        load_config(tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match=r"; the recipe of this name is .*configs/quickstart\.yaml"):
+        load_config(tmp_path / "configs" / "quickstart.yaml")

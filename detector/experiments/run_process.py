@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from detector.cli import package_folder
 from detector.errors import RunError
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TOOLS = package_folder("tools")
 STOP_WITH_PARENT = (
     sys.executable, "-S", "-c",
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])",

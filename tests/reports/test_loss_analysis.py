@@ -392,7 +392,9 @@ def test_missing_matplotlib_is_reported_before_any_work(
     whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    argv = ["--config", str(whole.config), "--checkpoint", "none.pt", "--output-dir", str(tmp_path / "out")]
+    unread = tmp_path / "unread.pt"
+    unread.touch()
+    argv = ["--config", str(whole.config), "--checkpoint", str(unread), "--output-dir", str(tmp_path / "out")]
     assert analyze(argv) == 2
     assert "pip install 'retinanet-detector[plots]'" in capsys.readouterr().err
 
