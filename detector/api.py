@@ -52,10 +52,11 @@ def train(
     """
     from detector.training.train import train as run_training
 
-    more = [] if init_from is None else [f"train.init_from={init_from}"]
-    return run_training(
-        _as_config(config, [*overrides, *more]), Path(output_dir), resume=None if resume is None else str(resume)
-    )
+    settings = _as_config(config, overrides)
+    if init_from is not None:
+        training = settings.train.model_copy(update={"init_from": str(init_from)})
+        settings = settings.model_copy(update={"train": training})
+    return run_training(settings, Path(output_dir), resume=None if resume is None else str(resume))
 
 
 def evaluate(

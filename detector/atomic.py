@@ -51,7 +51,10 @@ def atomic_file(path: Path, *, single_writer: bool = False) -> Iterator[BinaryIO
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError of its writer; others, such as CUDA's, are not the disk's
+        if isinstance(error, RuntimeError) and "writ" not in str(error).lower():
+            raise
         reason = getattr(error, "strerror", None) or error
         raise RunError(
             f"{path} cannot be written: {reason}; an older version of it is unchanged; free disk space, or write to "

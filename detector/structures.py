@@ -85,6 +85,14 @@ class HeadOutputs(NamedTuple):
     """Per level (B, A_l, 1): logits of localization quality (centerness or predicted IoU), where the network has
     them."""
 
+    def detach(self) -> HeadOutputs:
+        """The same without a gradient."""
+        return self._replace(
+            cls_logits=tuple(x.detach() for x in self.cls_logits),
+            box_deltas=tuple(x.detach() for x in self.box_deltas),
+            quality=None if self.quality is None else tuple(x.detach() for x in self.quality),
+        )
+
     def all_cls_logits(self) -> Tensor:
         """(B, A, K), the levels concatenated."""
         return torch.cat(self.cls_logits, dim=1)

@@ -21,9 +21,9 @@ class Assignment(NamedTuple):
     num_pos: Tensor
     """(B,) int64: positive anchors per image."""
     target_scores: Tensor | None = None
-    """(B, A) float32 in 0..1: the soft class target of each positive anchor, 0 elsewhere; None means 1. The class loss
-    is then normalized by their sum rather than by the number of positive anchors (Feng et al. 2021, "TOOD", section
-    3.2)."""
+    """(B, A) float32 in 0..1: the soft class target of each positive anchor, 0 elsewhere; None means 1. Class
+    losses with soft targets (quality_focal, varifocal) use them, and are then normalized by their sum rather than by
+    the number of positive anchors (Feng et al. 2021, "TOOD", section 3.2)."""
     box_weights: Tensor | None = None
     """(B, A) float32: the factor of each positive anchor's box loss, 0 elsewhere; None means 1. The box loss is then
     normalized by their sum (Tian et al. 2019, "FCOS", with centerness as the factor)."""

@@ -19,7 +19,14 @@ import torch
 from detector.cli import package_folder
 from detector.errors import RunError
 
-TOOLS = package_folder("tools")
+
+def _tool(name: str) -> tuple[str, ...]:
+    """The command line of a tool: of a clone's file, or of the installed package."""
+    path = package_folder("tools") / f"{name}.py"
+    in_clone = (path.parents[1] / "detector").is_dir()
+    return (sys.executable, str(path)) if in_clone else (sys.executable, "-m", "detector", name)
+
+
 STOP_WITH_PARENT = (
     sys.executable, "-S", "-c",
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])",
@@ -30,8 +37,8 @@ STOP_WITH_PARENT = (
 class Commands(NamedTuple):
     """Command lines that train a run, and that write the detections of its best checkpoint."""
 
-    train: tuple[str, ...] = (sys.executable, str(TOOLS / "train.py"))
-    detect: tuple[str, ...] = (sys.executable, str(TOOLS / "compare.py"), "--detect", "--replicates", "0")
+    train: tuple[str, ...] = _tool("train")
+    detect: tuple[str, ...] = (*_tool("compare"), "--detect", "--replicates", "0")
 
 
 def start_process(command: Sequence[str], run: Path, *, worker: int, workers: int) -> subprocess.Popen[bytes]:

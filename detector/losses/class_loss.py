@@ -239,14 +239,12 @@ def _gradient_harmonized(
     loss: ClassLoss,
     logits: Sequence[Tensor],
     labels: Sequence[Tensor],
-    anchor_weights: Sequence[Tensor] | Tensor | None,
+    _weights: Tensor | None,
 ) -> Tensor:
     """GHM-C over the entries of the whole batch, in two passes: count the entries of each bin, then weigh them.
 
     Each image's result is its part of the batch mean times the number of images, so that the results average to it.
     """
-    if anchor_weights is not None:
-        raise ValueError("loss.cls ghm weighs entries by their gradients and takes no weights of objects")
 
     def bins(x: Tensor, targets: Tensor) -> Tensor:
         return bin_index((torch.sigmoid(x) - targets).abs(), loss.ghm_bins)

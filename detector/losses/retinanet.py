@@ -12,6 +12,7 @@ from detector.assign.assignment import Assigner, Assignment
 from detector.assign.max_iou import MaxIoUAssigner
 from detector.boxes import decode, paired_iou
 from detector.config import BoxLossKind, Config, Normalizer
+from detector.errors import ConfigError
 from detector.losses.box import box_loss, matched_boxes
 from detector.losses.class_loss import CLASS_LOSSES, ClassLoss
 from detector.structures import HeadOutputs, Targets
@@ -25,7 +26,7 @@ class Normalizers(NamedTuple):
     """What the losses of an optimizer step are divided by: sums over its micro-batches and processes, fp32 scalars."""
 
     cls: Tensor
-    """Positive anchors, or the sum of their target scores where the assigner gives any."""
+    """Positive anchors, or the sum of their target scores where the class loss has soft targets."""
     box: Tensor
     """Positive anchors, or the sum of their box weights where the assigner gives any."""
     images: Tensor
@@ -79,7 +80,7 @@ class RetinaNetLoss(nn.Module):
         outputs: HeadOutputs | None = None,
     ) -> Assignment:
         """Assign anchors (A, 4) to the objects of a batch; see `Assigner`."""
-        return self.assigner(anchors, targets, grids=grids, outputs=outputs)
+        return self.assigner(anchors, targets, grids=grids, outputs=None if outputs is None else outputs.detach())
 
     def forward(
         self,
@@ -100,6 +101,7 @@ class RetinaNetLoss(nn.Module):
         Returns:
             {"loss_cls", "loss_box"}, fp32 scalars; exact zeros with zero gradients where there is nothing to learn.
         """
+        self._require_support(outputs, targets)
         if assignment is None:
             assignment = self.assign(outputs.anchors, targets, outputs=outputs)
         labels = assigned_labels(targets, assignment)
@@ -111,9 +113,7 @@ class RetinaNetLoss(nn.Module):
             if quality is None:
                 quality = paired_iou(decode(deltas.detach().float(), outputs.anchors), boxes)
         if targets.class_mask is not None:
-            if self.class_loss.spec.reduce is not None:
-                raise ValueError(f"loss.cls {self.class_loss.kind} counts all entries and takes no class mask")
-            outputs = outputs._replace(cls_logits=_without_classes(outputs.cls_logits, targets.class_mask))
+            outputs = outputs._replace(cls_logits=_masked(outputs.cls_logits, labels, targets.class_mask))
         weights = None if targets.weights is None else _anchor_weights(targets.weights, assignment)
         cls_scale, box_scale, image_scale = self._scales(assignment, normalizers)
         if self.class_loss.is_mean:
@@ -127,7 +127,7 @@ class RetinaNetLoss(nn.Module):
 
     def normalizers(self, assignment: Assignment, num_images: Tensor) -> Normalizers:
         """The normalizers of one micro-batch with `num_images` () images; add them up over a step."""
-        cls, box = _image_sums(assignment)
+        cls, box = self._image_sums(assignment)
         return Normalizers(cls.sum().float(), box.sum().float(), num_images.float())
 
     def _scales(self, assignment: Assignment, normalizers: Normalizers | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,8 +139,33 @@ class RetinaNetLoss(nn.Module):
         image_scale = inverse.images.expand(batch)
         if self.normalizer == "global":
             return inverse.cls.expand(batch), inverse.box.expand(batch), image_scale
-        cls, box = (image_scale / sums.clamp(min=1).float() for sums in _image_sums(assignment))
+        cls, box = (image_scale / sums.clamp(min=1).float() for sums in self._image_sums(assignment))
         return cls, box, image_scale
+
+    def _image_sums(self, assignment: Assignment) -> tuple[Tensor, Tensor]:
+        """Each image's parts of the class and the box normalizer, (B,) each."""
+        scores, weights = assignment.target_scores, assignment.box_weights
+        hard = scores is None or not self.class_loss.needs_quality
+        return (
+            assignment.num_pos if scores is None or hard else scores.sum(dim=1),
+            assignment.num_pos if weights is None else weights.sum(dim=1),
+        )
+
+    def _require_support(self, outputs: HeadOutputs, targets: Targets) -> None:
+        """Check that nothing in the outputs or targets would be ignored silently.
+
+        Raises:
+            ConfigError: `loss.cls` or `loss.box` cannot use something that they contain.
+        """
+        kind = self.class_loss.kind
+        if self.class_loss.is_mean and (targets.weights is not None or targets.class_mask is not None):
+            raise ConfigError(
+                f"loss.cls must be a sum over anchors with weights of objects or class masks, got {kind}; use focal"
+            )
+        if self.box != "giou" and outputs.box_deltas and outputs.box_deltas[0].shape[-1] != 4:
+            raise ConfigError(f"loss.box must be giou for a head with box distributions, got {self.box}")
+        if outputs.quality is not None:
+            raise ConfigError("HeadOutputs.quality has no loss yet: it can be scored, but not trained")
 
     @torch.no_grad()
     def constant_class_loss(
@@ -193,15 +218,6 @@ def assigned_labels(targets: Targets, assignment: Assignment) -> Tensor:
     return torch.where(assignment.matched >= 0, labels, assignment.matched)
 
 
-def _image_sums(assignment: Assignment) -> tuple[Tensor, Tensor]:
-    """Each image's parts of the class and the box normalizer, (B,) each."""
-    scores, weights = assignment.target_scores, assignment.box_weights
-    return (
-        assignment.num_pos if scores is None else scores.sum(dim=1),
-        assignment.num_pos if weights is None else weights.sum(dim=1),
-    )
-
-
 def _anchor_weights(weights: Tensor, assignment: Assignment) -> Tensor:
     """(B, A): the weight of each anchor's object; 1 where it has none."""
     padded = torch.nn.functional.pad(weights, (0, 1), value=1.0)
@@ -209,10 +225,15 @@ def _anchor_weights(weights: Tensor, assignment: Assignment) -> Tensor:
     return torch.where(assignment.matched >= 0, gathered, 1.0)
 
 
-def _without_classes(cls_logits: Sequence[Tensor], class_mask: Tensor) -> tuple[Tensor, ...]:
-    """Class logits (B, A_l, C) with those of classes outside the mask (B, K) replaced by `MASKED_LOGIT`."""
-    extra = cls_logits[0].shape[-1] - class_mask.shape[1]  # the background of a softmax is always annotated
-    mask = torch.nn.functional.pad(class_mask, (0, extra), value=True)[:, None]
+def _masked(cls_logits: Sequence[Tensor], labels: Tensor, class_mask: Tensor) -> tuple[Tensor, ...]:
+    """Class logits (B, A_l, C) with those of classes outside the mask (B, K) replaced by `MASKED_LOGIT`.
+
+    The class of an object in the image counts as annotated, whatever the mask contains.
+    """
+    num_classes = class_mask.shape[1]
+    seen = torch.zeros_like(class_mask, dtype=torch.int64).scatter_add_(1, labels.clamp(min=0), (labels >= 0).long())
+    extra = cls_logits[0].shape[-1] - num_classes  # the background of a softmax is always annotated
+    mask = torch.nn.functional.pad(class_mask | (seen > 0), (0, extra), value=True)[:, None]
     return tuple(torch.where(mask, logits, MASKED_LOGIT) for logits in cls_logits)
 
 

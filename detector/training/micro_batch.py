@@ -19,7 +19,7 @@ from detector.evaluation.dataset_loop import eval_batch_size
 from detector.memory import SPARE, free_memory, peak_of
 from detector.structures import Batch, Targets
 from detector.training.logger import RunLog
-from detector.training.step import Learner, train_step
+from detector.training.step import Learner, train_step, unchanged_buffers
 
 
 def resolve_micro_batch(
@@ -59,10 +59,8 @@ def resolve_micro_batch(
         reserved = 0  # memory that the cache will fill
         if dataset.cache is not None and config.data.cache_folder is None:
             reserved = dataset.cache.num_bytes
-        statistics = {name: buffer.clone() for name, buffer in learner.model.named_buffers()}
-        fits, figures = _largest_that_fits(config, learner, canvas, objects, share, reserved)
-        for name, buffer in learner.model.named_buffers():
-            buffer.copy_(statistics[name])
+        with unchanged_buffers(learner.model):
+            fits, figures = _largest_that_fits(config, learner, canvas, objects, share, reserved)
         state.micro_batch = min(distributed.gather(fits))
         log.info(f"train.micro_batch auto, with images of {canvas[0]} x {canvas[1]}: {figures}")
     micro_batch = state.micro_batch
@@ -193,6 +191,6 @@ def explain_evaluation_out_of_memory(config: Config) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         together = eval_batch_size(config)
         raise RunError(
-            f"out of memory in evaluation: {together} images did not fit; set eval.batch_size={max(1, together // 2)} "
-            "or eval.loss=false, with --resume auto, which starts with this evaluation"
+            f"out of memory in evaluation: {together} images did not fit; set eval.batch_size={max(1, together // 2)}, "
+            "eval.loss=false or train.loss_every_epochs=0, with --resume auto, which starts with this evaluation"
         ) from error

@@ -178,7 +178,7 @@ def first_loss_check(
         positives,
         sum(part.positives * part.positive_loss for part in parts) / max(1, positives),
     )
-    return _compare_first_loss(constant, float(result.loss_cls), int(result.num_pos))
+    return _compare_first_loss(constant, float(result.loss_cls), int(result.normalizers.cls))
 
 
 def _compare_first_loss(constant: ConstantLoss, loss_cls: float, num_pos: int) -> FirstLossCheck:

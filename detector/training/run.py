@@ -87,7 +87,7 @@ class Run:
         factor = lr_factor(self.state.step, self.reader.sampler.total_steps, self.config.optim)
         set_lr(self.learner.optimizer, base * factor)
 
-    def check_step(self, result: StepResult, micro_batches: list[Batch]) -> None:
+    def record_step(self, result: StepResult, micro_batches: list[Batch]) -> None:
         """Add a step to the log window before its update; check the first loss, and on a CPU that all is finite.
 
         Raises:
@@ -121,6 +121,21 @@ class Run:
         every = self.config.train.checkpoint_every_steps
         if every is not None and state.step % every == 0 and state.step % self.steps_per_epoch:
             self.save()  # the last step of an epoch is saved with its evaluation due, which a resumed run must not skip
+
+    def evaluates_after(self, epoch: int) -> bool:
+        """Whether an evaluation follows an epoch (from 0); the last epoch is always evaluated, if there is data.val."""
+        last = epoch + 1 == self.config.train.epochs
+        return self.val_set is not None and (last or (epoch + 1) % self.config.eval.every_epochs == 0)
+
+    def finishes_after(self, epoch: int) -> bool:
+        """Whether an epoch (from 0) is the last one, by number or by early stopping, which is logged."""
+        patience = self.config.train.early_stop_patience
+        if epoch + 1 == self.config.train.epochs:
+            return True
+        if patience is None or self.state.evaluations_since_best < patience:
+            return False
+        self.log.info(f"stopped early: {patience} evaluations without a better AP")
+        return True
 
     def _require_finite(self, last_step: int) -> None:
         self.window.require_finite(

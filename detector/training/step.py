@@ -17,7 +17,7 @@ from detector.config import Precision
 from detector.losses.retinanet import Normalizers, RetinaNetLoss
 from detector.models.retinanet import RetinaNet
 from detector.precision import autocast
-from detector.structures import Batch, HeadOutputs
+from detector.structures import Batch
 from detector.training.ema import Ema
 
 
@@ -87,7 +87,7 @@ def train_step(learner: Learner, micro_batches: Sequence[Batch]) -> StepResult:
                 outputs = learner.network(batch.images, batch.image_sizes)
             if not ahead:
                 grids = model.grids_of(batch.images)
-                assignments = [loss.assign(outputs.anchors, batch.targets, grids=grids, outputs=_detached(outputs))]
+                assignments = [loss.assign(outputs.anchors, batch.targets, grids=grids, outputs=outputs)]
                 num_pos, normalizers = _sum_over_step(learner, assignments, micro_batches)
             parts = loss(outputs, batch.targets, assignment=assignments[i], normalizers=normalizers)
             total = parts["loss_cls"] + parts["loss_box"]
@@ -115,11 +115,9 @@ def _assign_ahead(learner: Learner, batch: Batch) -> Assignment:
     """Assign a micro-batch before its forward pass, or by one of its own without a gradient."""
     model, outputs = learner.model, None
     if learner.loss.assigner.needs_outputs:
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with torch.no_grad(), autocast(learner.precision, learner.device):
+        # running statistics must see each batch once
+        with unchanged_buffers(model), torch.no_grad(), autocast(learner.precision, learner.device):
             outputs = model(batch.images, batch.image_sizes)
-        for name, buffer in model.named_buffers():  # running statistics must see each batch once
-            buffer.copy_(buffers[name])
     return learner.loss.assign(
         model.anchors_of(batch.images), batch.targets, grids=model.grids_of(batch.images), outputs=outputs
     )
@@ -140,14 +138,13 @@ def _sum_over_step(
     return num_pos, Normalizers(*normalizers)
 
 
-def _detached(outputs: HeadOutputs) -> HeadOutputs:
-    def detach(levels: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(level.detach() for level in levels)
-
-    quality = None if outputs.quality is None else detach(outputs.quality)
-    return outputs._replace(
-        cls_logits=detach(outputs.cls_logits), box_deltas=detach(outputs.box_deltas), quality=quality
-    )
+@contextlib.contextmanager
+def unchanged_buffers(module: nn.Module) -> Iterator[None]:
+    """Restore a module's buffers, such as running statistics, at the end of the block."""
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    yield
+    for name, buffer in module.named_buffers():
+        buffer.copy_(before[name])
 
 
 @contextlib.contextmanager

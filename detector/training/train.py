@@ -7,7 +7,7 @@ from typing import Any
 
 from detector import distributed
 from detector.config import Config, resolve_data_paths
-from detector.training.micro_batch import explain_out_of_memory
+from detector.training.micro_batch import explain_evaluation_out_of_memory, explain_out_of_memory
 from detector.training.run import finished_metrics, load_states, open_run
 from detector.training.signals import stop_on_signal
 from detector.training.step import optimizer_step, train_step
@@ -34,34 +34,29 @@ def train(config: Config, output_dir: Path, *, resume: str | None = None) -> dic
         config, resumed, source = load_states(config, output_dir, resume)
         if resumed is not None and resumed.finished:
             return finished_metrics(output_dir)
-        with (
-            open_run(config, output_dir, resumed=resumed, source=source, device=device) as run,
-            stop_on_signal() as stop,
-        ):
-            for epoch in run.remaining_epochs():
-                with explain_out_of_memory(run.config, run.learner, run.reader.sampler, run.state):
-                    for micro_batches in run.remaining_steps(epoch):
-                        run.stop_if_requested(stop)
-                        run.schedule_lr()
-                        result = train_step(run.learner, micro_batches)
-                        run.check_step(result, micro_batches)
-                        optimizer_step(run.learner, step=run.state.step + 1)
-                        run.finish_step()
-                last = epoch + 1 == run.config.train.epochs
-                if run.val_set is not None and (last or (epoch + 1) % run.config.eval.every_epochs == 0):
-                    run.state.evaluation_due = True
-                    run.save()  # an evaluation may take long, and a signal must not wait for its end
-                    validate(run, run.val_set, epoch + 1, stop)
-                    run.state.evaluation_due = False
-                patience = run.config.train.early_stop_patience
-                run.state.finished = last or (patience is not None and run.state.evaluations_since_best >= patience)
-                if run.val_set is None:
-                    run.save("best.pt")
-                if run.state.finished:
-                    break
-                run.save()
-            if not last:
-                run.log.info(f"stopped early: {patience} evaluations without a better AP")
-            metrics = score_best(run)
+        with open_run(config, output_dir, resumed=resumed, source=source, device=device) as run:
+            with stop_on_signal() as stop:
+                for epoch in run.remaining_epochs():
+                    with explain_out_of_memory(run.config, run.learner, run.reader.sampler, run.state):
+                        for micro_batches in run.remaining_steps(epoch):
+                            run.stop_if_requested(stop)
+                            run.schedule_lr()
+                            result = train_step(run.learner, micro_batches)
+                            run.record_step(result, micro_batches)
+                            optimizer_step(run.learner, step=run.state.step + 1)
+                            run.finish_step()
+                    if run.evaluates_after(epoch):
+                        run.state.evaluation_due = True
+                        run.save()  # an evaluation may take long, and a signal must not wait for its end
+                        with explain_evaluation_out_of_memory(run.config):
+                            validate(run, epoch + 1, stop)
+                        run.state.evaluation_due = False
+                    run.state.finished = run.finishes_after(epoch)
+                    if run.val_set is None:
+                        run.save("best.pt")
+                    if run.state.finished:
+                        break
+                    run.save()
+            metrics = score_best(run)  # a signal ends it at once: the run resumes with the evaluation before it
             run.save()  # as finished, after everything else is written
             return metrics

@@ -25,25 +25,23 @@ from detector.reports.loss_analysis import loss_concentration
 from detector.reports.loss_examples import collect_examples
 from detector.structures import Detections
 from detector.training.logger import duration
-from detector.training.micro_batch import explain_evaluation_out_of_memory
 from detector.training.run import Run, finished_metrics
 from detector.training.signals import StopRequest
 
 
-def validate(run: Run, val_set: CocoDataset, epoch: int, stop: StopRequest) -> None:
+def validate(run: Run, epoch: int, stop: StopRequest) -> None:
     """Evaluate on the validation set, log, and save best.pt if AP is the highest yet.
 
     Args:
-        run: at the end of an epoch.
-        val_set: `run.val_set`.
+        run: at the end of an epoch; it has a validation set.
         epoch: number of finished epochs.
         stop: checked between batches.
 
     Raises:
         Interrupted: a signal arrived. (One of several processes continues to the end: the others wait for it.)
-        RunError: out of memory.
     """
-    config, learner, state = run.config, run.learner, run.state
+    config, learner, state, val_set = run.config, run.learner, run.state, run.val_set
+    assert val_set is not None
     show = run.log.progress("evaluating")
 
     def progress(done: int, total: int) -> None:
@@ -57,10 +55,9 @@ def validate(run: Run, val_set: CocoDataset, epoch: int, stop: StopRequest) -> N
         distributed.sync_buffers(model)
     losses = ValidationLoss(learner.loss, learner.device)
     watch = losses.add if config.eval.loss else None
-    with explain_evaluation_out_of_memory(config):
-        metrics, results = evaluate_model(
-            learner.evaluated_model, val_set, config, device=learner.device, progress=progress, watch=watch
-        )
+    metrics, results = evaluate_model(
+        learner.evaluated_model, val_set, config, device=learner.device, progress=progress, watch=watch
+    )
     means = losses.means() if watch is not None else {}
     values = metrics.values
     # While AP is undefined (-1: no objects), the latest weights are the best.

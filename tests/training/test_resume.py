@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from tests.tiny import (
     REPO,
     TinyData,
     differing,
+    images_of,
     last_checkpoint,
     records,
     start_tool,
@@ -409,3 +411,23 @@ def test_the_command_line_survives_many_kills(workers: int, data: TinyData, tmp_
     with log.open("ab") as file:
         assert subprocess.run([*command, "--resume", "auto"], stdout=file, stderr=file, env=env).returncode == 0
     assert_same_end(out, tmp_path / "whole", log.read_text()[-2000:])
+
+
+def test_a_signal_during_the_test_evaluation_ends_the_run_at_once(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the default handlers: nothing is lost, because last.pt still has the evaluation before it due."""
+    config = tiny_config(tmp_path, data, train__epochs=1, data__test={
+        "images": str(images_of(data.val)), "annotations": str(data.val),
+    })  # fmt: skip
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        raise AssertionError("the signal was swallowed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "score_best", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run")
+    assert set(train(config, tmp_path / "run", resume="auto")) >= {"AP", "test"}

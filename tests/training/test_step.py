@@ -16,6 +16,7 @@ from detector.assign.max_iou import MaxIoUAssigner
 from detector.boxes import decode, paired_iou, pairwise_iou
 from detector.config import Config
 from detector.distributed import process_group
+from detector.errors import ConfigError
 from detector.losses.class_loss import CLASS_LOSSES, ClassLoss, ClassLossSpec
 from detector.losses.dense import one_hot
 from detector.losses.retinanet import RetinaNetLoss, assigned_labels
@@ -297,3 +298,45 @@ def test_a_class_loss_is_added_with_one_row(monkeypatch: pytest.MonkeyPatch) -> 
     errors = (outputs.all_cls_logits().sigmoid() - one_hot(labels, NUM_CLASSES).float()).square().sum(dim=2)
     expected = 2 * errors[labels >= -1].sum() / result.num_pos.clamp(min=1)
     torch.testing.assert_close(result.loss_cls, expected, rtol=1e-4, atol=0)
+
+
+def test_target_scores_normalize_only_losses_that_have_soft_targets() -> None:
+    model, batch = tiny_model(), batch_of(2)
+    hard = train_step(learner_of(model, RetinaNetLoss(assigner=AlignedAssigner(), box="giou")), [batch])
+    assert float(hard.normalizers.cls) == float(hard.num_pos)
+    soft = train_step(learner_of(tiny_model(), aligned_loss()), [batch])
+    assert float(soft.normalizers.cls) < float(soft.num_pos)
+
+
+def test_the_class_of_an_object_counts_as_annotated_whatever_the_mask_contains() -> None:
+    model, batch = tiny_model(), batch_of(2)
+    loss = RetinaNetLoss(assigner=MaxIoUAssigner(low_quality_matches=True))
+    with torch.no_grad():
+        outputs = model(batch.images, batch.image_sizes)
+        nothing = loss(outputs, batch.targets._replace(class_mask=torch.zeros(2, NUM_CLASSES, dtype=torch.bool)))
+        present = torch.zeros(2, NUM_CLASSES, dtype=torch.bool).scatter_(1, batch.targets.labels, True)
+        stated = loss(outputs, batch.targets._replace(class_mask=present))
+    torch.testing.assert_close(nothing["loss_cls"], stated["loss_cls"], rtol=0, atol=0)
+    assert float(nothing["loss_cls"]) < 100
+
+
+@pytest.mark.parametrize("kind", ["ghm", "ohem", "bootstrap"])
+@pytest.mark.parametrize("extra", ["weights", "class_mask"])
+def test_losses_that_choose_or_count_refuse_weights_and_masks(kind: Any, extra: str) -> None:
+    model, batch = tiny_model(), batch_of(1)
+    values = {"weights": torch.ones(1, 2), "class_mask": torch.ones(1, NUM_CLASSES, dtype=torch.bool)}
+    targets = batch.targets._replace(**{extra: values[extra]})
+    with torch.no_grad(), pytest.raises(ConfigError, match=f"got {kind}; use focal"):
+        RetinaNetLoss(ClassLoss(kind))(model(batch.images, batch.image_sizes), targets)
+
+
+def test_what_a_head_outputs_and_no_loss_trains_is_an_error() -> None:
+    model, batch = tiny_model(), batch_of(1)
+    with torch.no_grad():
+        outputs = model(batch.images, batch.image_sizes)
+    quality = tuple(x[..., :1] for x in outputs.cls_logits)
+    with pytest.raises(ConfigError, match="can be scored, but not trained"):
+        RetinaNetLoss()(outputs._replace(quality=quality), batch.targets)
+    distributions = tuple(torch.cat([x] * 8, dim=-1) for x in outputs.box_deltas)
+    with pytest.raises(ConfigError, match=r"loss\.box must be giou"):
+        RetinaNetLoss()(outputs._replace(box_deltas=distributions), batch.targets)

@@ -265,7 +265,8 @@ def test_other_floating_point_types_are_converted_to_float32_with_a_note(
 def test_safetensors_and_npz_files_are_imported_too(mmdet_weights: State, tmp_path: Path) -> None:
     torch.save(mmdet_weights, tmp_path / "w.pth")
     safetensors.torch.save_file(mmdet_weights, tmp_path / "w.safetensors")
-    np.savez(tmp_path / "w.npz", allow_pickle=False, **{k: v.numpy() for k, v in mmdet_weights.items()})
+    arrays: dict[str, Any] = {k: v.numpy() for k, v in mmdet_weights.items()}
+    np.savez(tmp_path / "w.npz", **arrays)
     expected = import_detector(tmp_path / "w.pth")
     for name in ("w.safetensors", "w.npz"):
         state = load_checkpoint(tmp_path / name)

@@ -29,7 +29,8 @@ def some_tensors() -> dict[str, Tensor]:
 
 
 def write_npz(tensors: dict[str, Tensor], path: Path) -> None:
-    np.savez(path, allow_pickle=False, **{k: v.numpy() for k, v in tensors.items()})
+    arrays: dict[str, Any] = {k: v.numpy() for k, v in tensors.items()}
+    np.savez(path, **arrays)
 
 
 def write_pickle(tensors: dict[str, Tensor], path: Path) -> None:
