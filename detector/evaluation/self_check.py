@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from detector.assign.assignment import Assignment
@@ -125,8 +124,8 @@ def perfect_outputs(anchors: Tensor, targets: Targets, assignment: Assignment, n
     """The outputs of a perfect network: each object at an anchor of its own, background at every other anchor.
 
     An object's anchor is the one with the highest IoU among those assigned to it or, if there is none, among all
-    unused ones. It scores slightly less than the object before it (`perfect_score`), which fixes the order in which
-    the metric processes them.
+    unused ones. It scores slightly less than the object before it, which fixes the order in which the metric processes
+    them.
 
     Args:
         anchors: (A, 4).
@@ -149,12 +148,6 @@ def perfect_outputs(anchors: Tensor, targets: Targets, assignment: Assignment, n
             logits[image, anchor, label] = 8 - 0.002 * position
             deltas[image, anchor] = encode(box, anchors[anchor])
     return HeadOutputs((logits,), (deltas,), anchors)
-
-
-def perfect_score(position: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The scores that `perfect_outputs` gives to objects at these positions in their image's list."""
-    score: NDArray[np.float64] = 1 / (1 + np.exp(0.002 * position - 8))
-    return score
 
 
 def _annotations_as_results(coco: CocoDataset, index: int) -> CocoResults:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -173,8 +171,3 @@ def numeric_versions(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "processes": str(distributed.world_size()),
     }
-
-
-def best_checkpoint(output_dir: Path) -> Path:
-    """The checkpoint with the highest validation AP."""
-    return output_dir / "checkpoints" / "best.pt"

@@ -29,7 +29,7 @@ from detector.evaluation.coco_metrics import evaluate
 from detector.evaluation.coco_results import CocoResults, detections_to_results
 from detector.evaluation.dataset_loop import loop_over_dataset
 from detector.evaluation.evaluate import detect, evaluate_model
-from detector.evaluation.self_check import SelfCheckError, perfect_outputs, perfect_score, round_trip, self_check
+from detector.evaluation.self_check import SelfCheckError, perfect_outputs, round_trip, self_check
 from detector.evaluation.validation_loss import ValidationLoss
 from detector.inference.postprocess import postprocess
 from detector.inference.predictor import Predictor, model_of
@@ -97,7 +97,7 @@ def metrics_of_pycocotools(content: dict[str, Any], results: CocoResults | None)
         positions: Counter[int] = Counter()
         for a in content["annotations"]:
             if not a["iscrowd"]:
-                detections.append({**a, "score": perfect_score(np.array(positions[a["image_id"]]))})
+                detections.append({**a, "score": 1 / (1 + np.exp(0.002 * positions[a["image_id"]] - 8))})
                 positions[a["image_id"]] += 1
     else:
         detections = results.to_json_records()

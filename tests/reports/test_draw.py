@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, ImageChops
+from PIL import Image
 
 from detector.reports.draw import (
     MAX_COVER,
@@ -289,15 +288,3 @@ def test_side_by_side_has_the_ground_truth_left_and_the_detections_right(n: int,
     assert not (right == class_color(1)).all(axis=2).any()
     flipped = side_by_side(photo(*size), detections(boxes, [1] * n, [0.9] * n), NO_BOXES, [], NAMES)
     assert (np.asarray(flipped)[:, half:] == class_color(1)).all(axis=2).any() == (n > 0)
-
-
-def test_a_megapixel_with_a_hundred_boxes_takes_less_than_150_ms() -> None:
-    boxes, labels, scores = some_boxes(100, high=1000, side=20), np.arange(100) % 80, np.linspace(0, 1, 100)
-    names, image = [f"class {k}" for k in range(80)], photo(1000, 1000)
-    taken = []
-    for _ in range(5):  # the best of five, because other work shares the machine
-        start = time.perf_counter()
-        drawn = draw_boxes(image, boxes, labels, names, scores=scores)
-        taken.append(time.perf_counter() - start)
-    assert min(taken) < 0.15
-    assert ImageChops.difference(drawn.crop((0, 0, 1000, 1000)), Image.fromarray(image)).getbbox() is not None
