@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "test whether differences between runs are significant",
     "analyze_loss": "report which examples dominate the class loss",
     "plot": "plot runs or losses",
+    "redact": "take paths, host and user names out of files to send",
 }
 """The commands and what each is for; a file of this name in `tools` implements each."""
 

@@ -41,6 +41,7 @@ Normalizer = Literal["global", "per_image"]
 Sampling = Literal["plain", "repeat_factor", "class_balanced"]
 Verify = Literal["auto", "header", "decode", "none"]
 OnError = Literal["fail", "skip"]
+OnNonfinite = Literal["stop", "skip"]
 Exif = Literal["auto", "apply", "ignore"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -265,6 +266,7 @@ class DataConfig(Section):
     repeat_threshold: Annotated[float, Field(gt=0, le=1)] = 0.001  # classes in a smaller share of images are rare
     aspect_ratio_grouping: bool = True  # batches are all landscape or all portrait, which saves padding
     num_workers: NonNegativeInt = 2  # loader processes per training process
+    worker_timeout: Positive = 300.0  # seconds that a loader process may take to read one image
     # Size in GB of the cache that keeps images from epoch to epoch, shared by all processes of a machine: decoded and,
     # without `augment` and where that is smaller, resized.
     cache_gb: NonNegative = 0.0
@@ -306,6 +308,13 @@ class EmaConfig(Section):
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
 
 
+class SkipLimits(Section):
+    """How many steps may be skipped with `train.on_nonfinite: skip`; one more ends the run."""
+
+    consecutive: PositiveInt = 10  # more in a row are no accident: every step fails
+    total: PositiveInt = 100  # of the whole run, interruptions included
+
+
 class TrainConfig(Section):
     """The training run."""
 
@@ -320,10 +329,19 @@ class TrainConfig(Section):
     # Recompute the backbone's activations in the backward pass instead of storing them: less memory, more time.
     checkpoint_activations: bool = False
     device: Device = "auto"
+    rank_timeout: Positive = 600.0  # seconds that processes of one run wait for each other
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     init_from: str | None = None  # checkpoint to fine-tune from; same as --init-from
     ema: EmaConfig | None = None
     checkpoint_every_steps: PositiveInt | None = None  # in addition to the checkpoint after every epoch
+    keep_checkpoints: PositiveInt = (
+        2  # last checkpoints kept: if the newest is damaged, a run resumes from the one before
+    )
+    save_timeout: NonNegative = 120.0  # seconds for which a checkpoint that cannot be written is tried again
+    # A step whose loss or gradient is not finite never reaches the weights. stop: it ends the run; skip: it is left
+    # out, with a warning. Both write nonfinite.json. (In fp16, steps whose gradients overflow are always left out.)
+    on_nonfinite: OnNonfinite = "stop"
+    max_skipped_steps: SkipLimits = SkipLimits()
     early_stop_patience: PositiveInt | None = None  # evaluations without a better AP before stopping
     log_every: PositiveInt = 20  # steps
     trace_steps: NonNegativeInt = 0  # steps to profile, after the first ones; 0: none

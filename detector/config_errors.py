@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from detector.config import Config
 from detector.config_formats import KeyPath
 from detector.errors import ConfigError
+from detector.text import MAX_MESSAGE, as_many_as_fit, printable, shown
 
 
 class ConfigTree(NamedTuple):
@@ -49,6 +50,8 @@ ALIASES = {
     "eval_period": "eval.every_epochs", "prior": "model.head.prior_prob", "img_prefix": "data.train.images",
     "ann_file": "data.train.annotations", "load_from": "train.init_from",
 }  # fmt: skip
+MAX_MISTAKES = 60
+"""More than fit into a message."""
 CLASS_COUNT_KEYS = {"num_classes", "nc", "n_classes", "classes", "class_names", "names"}
 
 
@@ -86,14 +89,15 @@ def may_be_null(field: FieldInfo) -> bool:
 
 def first_source(path: KeyPath, sources: Mapping[KeyPath, str]) -> str:
     """Where a key was written, else the first key within it, else the nearest section around it."""
+    if path in sources:
+        return sources[path]
     inside = next((where for key, where in sources.items() if key[: len(path)] == path), None)
     return inside or _source(path, "", sources)
 
 
-def shown(value: Any) -> str:
-    """A value as it appears in messages."""
-    text = json.dumps(value, default=str) if not isinstance(value, str) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def key_text(path: KeyPath) -> str:
+    """A key as it appears in messages."""
+    return printable(".".join(path), 100)
 
 
 def validated(tree: ConfigTree) -> Config:
@@ -107,16 +111,16 @@ def validated(tree: ConfigTree) -> Config:
     reported = {path for path, _ in tree.mistakes}
     try:
         # From JSON, pydantic's strict mode accepts lists for tuples but still no text for numbers.
-        config = Config.model_validate_json(json.dumps(values, default=str))
+        config = Config.model_validate_json(json.dumps(values))
     except ValidationError as invalid:
-        lines += [
-            f"  {'.'.join(path) or 'config'}: {message}  [{_source(path, message, tree.sources)}]"
-            for path, message in _mistakes(invalid, values)
-            if path not in reported
-        ]
+        for path, message in _mistakes(invalid, values):
+            if path not in reported:
+                named = len(lines) < MAX_MISTAKES  # each needs a search; only the first ones are shown
+                where = _source(path, message, tree.sources) if named else ""
+                lines.append(f"  {key_text(path) or 'config'}: {printable(message, 600)}  [{where}]")
     if lines:
-        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
-        raise ConfigError("\n".join([f"the config has {count}:", *lines])) from None
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines):,} mistakes"
+        raise ConfigError("\n".join(as_many_as_fit([f"the config has {count}:", *lines], MAX_MESSAGE - 100))) from None
     return config
 
 
@@ -144,7 +148,7 @@ def _mistakes(invalid: ValidationError, values: dict[str, Any]) -> list[tuple[Ke
         path = _written_path(error["loc"], values, error["type"])
         message = error["msg"].removeprefix("Value error, ")
         if error["type"] == "extra_forbidden":
-            mistakes.append((path, f"unknown key; {_suggestion(path)}"))
+            mistakes.append((path, f"unknown key; {_suggestion(path) if len(mistakes) < MAX_MISTAKES else ''}"))
         elif error["type"] == "value_error":
             mistakes.append((path, message))
         elif error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]:
@@ -153,7 +157,7 @@ def _mistakes(invalid: ValidationError, values: dict[str, Any]) -> list[tuple[Ke
             wrong.setdefault((path, shown(error["input"])), []).append(
                 _expectation(path, error["type"], error, message)
             )
-    lists = {path[:-1] for path, _ in wrong if path[-1].isdigit()}  # whose items are reported
+    lists = {path[:-1] for path, _ in wrong if path and path[-1].isdigit()}  # whose items are reported
     for (path, got), messages in wrong.items():
         if path in lists:
             continue
@@ -180,7 +184,7 @@ def _expectation(path: KeyPath, kind: str, error: Any, message: str) -> str:
 
 def _suggestion(path: KeyPath) -> str:
     """The nearest valid key to an unknown one."""
-    name, full = path[-1], ".".join(path)
+    name, full = path[-1][:100], ".".join(path)[:200]
     if name.lower() in CLASS_COUNT_KEYS:
         return "the classes are read from data.train's annotations and are never set; remove it"
     keys = all_keys()

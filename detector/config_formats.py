@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 from detector.errors import ConfigError, UserError
+from detector.text import shown
 
 FORMAT = 2
 
@@ -67,6 +68,6 @@ def require_known(stored: object, what: str, *, newest: int = FORMAT, error: typ
         UserError: `stored` is newer, or is not a format number.
     """
     if not isinstance(stored, int) or isinstance(stored, bool) or stored < 1:
-        raise error(f"{what} must have a format of 1 to {newest}, got {stored!r}")
+        raise error(f"{what} must have a format of 1 to {newest}, got {shown(stored)}")
     if stored > newest:
-        raise error(f"{what} has format {stored}, this version reads up to {newest}; update retinanet-detector")
+        raise error(f"{what} has format {shown(stored)}, this version reads up to {newest}; update retinanet-detector")

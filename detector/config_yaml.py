@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ import yaml
 
 from detector.cli import package_folder
 from detector.config import NOT_PART_OF_THE_MODEL, AnySection, Config, Section
-from detector.config_errors import ConfigTree, field_at, first_source, may_be_null, section_type, shown, validated
+from detector.config_errors import ConfigTree, field_at, first_source, key_text, may_be_null, section_type, validated
 from detector.config_formats import FORMAT, MOVED, KeyPath, require_known, upgraded
 from detector.errors import ConfigError
+from detector.files import os_error_reason, read_bytes
+from detector.text import printable, shown
+from detector.yaml_text import MAX_CHARACTERS, Dumper, is_bounded, parse_yaml
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -33,7 +36,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: all mistakes together.
     """
-    return _validated_with(_read_file(path, ()), overrides)
+    return _validated_with(_read_file(path, (), []), overrides)
 
 
 def with_overrides(config: Config, overrides: Iterable[str]) -> Config:
@@ -51,13 +54,16 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
     Raises:
         ConfigError: all mistakes, naming `source`.
     """
-    return validated(ConfigTree(upgraded(dict(values)), {(): source}, []))
+    values = dict(values)
+    if not is_bounded(values):
+        raise ConfigError(f"{source}: its config is too large, or nested too deeply")
+    return validated(ConfigTree(upgraded(values), {(): source}, []))
 
 
 def to_yaml(config: Config) -> str:
     """The complete config as YAML, from which `load_config` reads an equal one."""
     values = {"format": FORMAT, **json.loads(config.model_dump_json())}
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=110)
 
 
 def with_model_of(config: Config, checkpoint: Config) -> Config:
@@ -94,47 +100,16 @@ def _validated_with(tree: ConfigTree, overrides: Iterable[str]) -> Config:
 
 
 COMMAND_LINE = "command line"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and booleans: `1e-3` is a number; `no`, `on`, `010`, `1:30` and `2017-1-1` are text."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.1 or 1.2 would read as something else."""
-
-
-_REDEFINED = ("bool", "int", "float", "timestamp")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] not in _REDEFINED]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(?:\d[\d_]*\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF))"
-        r"|\.(?:nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+MAX_FILES = 100
+"""Files that a config may be read from. Bases that each name two bases would otherwise be read 2^n times."""
 
 
 def _parse_yaml(text: str, source: str, at: KeyPath = ()) -> ConfigTree:
     """Parse a YAML text that holds the value of the key `at`."""
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        tree = ConfigTree(yaml.load(text, Loader=_Loader), {}, [])
-        if node is not None:
-            _note_lines(node, at, source, tree)
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}:{mark.line + 1}" if mark is not None else source
-        problem = getattr(error, "problem", None) or "cannot be read"
-        raise ConfigError(f"{where}: invalid YAML: {problem}; check for a missing colon, space or bracket") from None
+    values, node = parse_yaml(text, source)
+    tree = ConfigTree(values, {}, [])
+    if node is not None:
+        _note_lines(node, at, source, tree)
     return tree
 
 
@@ -150,10 +125,10 @@ def _note_lines(node: yaml.Node, at: KeyPath, source: str, tree: ConfigTree) -> 
         path = MOVED.get(path, path)
         here = f"{source}:{key.start_mark.line + 1}"
         if path in tree.sources:
-            raise ConfigError(f"{here}: `{'.'.join(path)}` is set twice, first at {tree.sources[path]}; remove one")
+            raise ConfigError(f"{here}: `{key_text(path)}` is set twice, first at {tree.sources[path]}; remove one")
         if isinstance(value, yaml.ScalarNode) and not value.value and not value.style and _requires_value(path):
             tree.mistakes.append(
-                (path, f"{here}: `{'.'.join(path)}` has no value; add one, or delete the line (`null` is the default)")
+                (path, f"{here}: `{key_text(path)}` has no value; add one, or delete the line (`null` is the default)")
             )
         tree.sources[path] = here
         _note_lines(value, path, source, tree)
@@ -167,38 +142,51 @@ def _requires_value(path: KeyPath) -> bool:
 
 def _recipe_hint(path: Path) -> str:
     """Where the recipe of this name is that comes with the package, if there is one."""
-    name = Path(*path.parts[-2:]) if path.parent.name == "_base_" else Path(path.name)
-    recipe = next(iter(sorted(package_folder("configs").rglob(str(name)))), None)
+    name = path.parts[-2:] if path.parent.name == "_base_" else path.parts[-1:]
+    recipes = sorted(package_folder("configs").rglob("*.yaml"))
+    recipe = next((recipe for recipe in recipes if recipe.parts[-len(name) :] == name), None)
     return f"; the recipe of this name is {recipe}" if recipe is not None else ""
 
 
-def _read_file(path: Path, parents: tuple[Path, ...]) -> ConfigTree:
-    resolved = path.resolve()
-    if resolved in parents:
-        raise ConfigError(f"{path}: `_base_` is circular: {' -> '.join(map(str, (*parents, resolved)))}")
+def _read_text(path: Path, parents: tuple[Path, ...]) -> str:
+    named = f" (named by `_base_` in {parents[-1]})" if parents else ""
     try:
-        text = path.read_text(encoding="utf-8")
+        return read_bytes(path, limit=4 * MAX_CHARACTERS).decode("utf-8-sig")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        near = difflib.get_close_matches(path.name[:255], [p.name for p in path.parent.glob("*.y*ml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else _recipe_hint(path)
-        named = f" (named by `_base_` in {parents[-1]})" if parents else ""
-        raise ConfigError(f"config file {path} does not exist{named}{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    parsed = _parse_yaml(text, str(path))
+        raise ConfigError(f"config file {printable(str(path))} does not exist{named}{hint}") from None
+    except OSError as error:
+        reason = os_error_reason(error)
+        raise ConfigError(f"config file {printable(str(path))} cannot be read: {reason}{named}") from None
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start:,}: {error.reason}"
+        raise ConfigError(f"config file {path} cannot be read: it must be UTF-8 text, got {where}") from None
+
+
+def _read_file(path: Path, parents: tuple[Path, ...], files: list[Path]) -> ConfigTree:
+    """Read a file and its bases; `files` collects all that were read."""
+    resolved = Path(os.path.realpath(path)) if "\0" not in str(path) else path
+    if resolved in parents:
+        chain = " -> ".join(str(parent) for parent in (*parents, resolved))
+        raise ConfigError(f"{path}: `_base_` is circular: {printable(chain, 1000)}")
+    files.append(resolved)
+    if len(files) > MAX_FILES:
+        raise ConfigError(f"{path}: a config must be read from at most {MAX_FILES} files; `_base_` names more")
+    parsed = _parse_yaml(_read_text(path, parents), printable(str(path)))
     values: Any = parsed.values if parsed.values is not None else {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a config must be a mapping of sections (model:, data:, ...), got {values!r:.60}")
+        raise ConfigError(f"{path}: a config must be a mapping of sections (model:, data:, ...), got {shown(values)}")
     values = upgraded(_text_keys(values))
     require_known(values.pop("format", FORMAT), f"config {path}")
     bases = values.pop("_base_", [])
     if isinstance(bases, str):
         bases = [bases]
     if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases):
-        raise ConfigError(f"{path}: `_base_` must be a path or a list of paths, got {bases!r}")
+        raise ConfigError(f"{path}: `_base_` must be a path or a list of paths, got {shown(bases)}")
     tree = ConfigTree({}, {}, [])
     for base in bases:
-        _merge(tree, _read_file(path.parent / base, (*parents, resolved)))
+        _merge(tree, _read_file(path.parent / base, (*parents, resolved), files))
     _merge(tree, parsed._replace(values=values))
     return tree
 
@@ -223,8 +211,8 @@ def _merge(into: ConfigTree, new: ConfigTree) -> None:
             if mistake is not None:
                 into.mistakes.append((path, mistake))
                 continue
-            for stale in [p for p in into.sources if p[: len(path)] == path]:
-                del into.sources[stale]
+            for inside in _paths_in(before, path):
+                into.sources.pop(inside, None)
             into.sources[path] = where
             old[key] = value
 
@@ -233,9 +221,17 @@ def _merge(into: ConfigTree, new: ConfigTree) -> None:
     into.mistakes.extend(new.mistakes)
 
 
+def _paths_in(value: Any, at: KeyPath) -> Iterator[KeyPath]:
+    """The path of a value and of everything in it."""
+    yield at
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _paths_in(item, (*at, str(key)))
+
+
 def _irreplaceable(path: KeyPath, before: Any, before_at: str, value: Any, where: str) -> str | None:
     """Why a value may not replace an earlier one silently; None if it may."""
-    key = ".".join(path)
+    key = key_text(path)
     if value is None:
         field = field_at(path)
         required = field is not None and section_type(field.annotation) is not None and not may_be_null(field)
@@ -262,14 +258,14 @@ def _apply_override(tree: ConfigTree, override: str) -> None:
     field = field_at(parts)
     is_text = field is not None and field.annotation in (str, str | None)
     if not sign or not all(parts) or not (text if is_text else text.partition("#")[0]).strip():
-        message = f"override must be key=value, for example train.epochs=3, got {override!r}"
+        message = f"override must be key=value, for example train.epochs=3, got {shown(override, 100)}"
         if sign and all(parts):
             message += "; use null as the value for the default, or for none where a setting may be absent"
         tree.mistakes.append((parts, message))
         return
     parsed = ConfigTree(None if text == "null" else text, {}, [])
     if not is_text:
-        parsed = _parse_yaml(text, f"override {key}", parts)
+        parsed = _parse_yaml(text, f"override {printable(key)}", parts)
     nested: Any = _text_keys(parsed.values)
     for part in reversed(parts):
         nested = {part: nested}

@@ -39,6 +39,18 @@ class RunError(UserError):
     """A run that cannot start or continue, or a file that it cannot read or write."""
 
 
+class WorkerError(RunError):
+    """A loader worker that died or hangs. The message names it and the image that it read."""
+
+
+class RankError(RunError):
+    """Another process of the run that died, hangs or is too slow. The message names it."""
+
+
+class ReportedElsewhere(RunError):  # noqa: N818 (it is no error of its own)
+    """An error that another process of the run reports, so that it is printed once."""
+
+
 class DivergedError(RunError):
     """A loss, a gradient or a weight is no longer finite."""
 
@@ -65,12 +77,13 @@ class FigureError(UserError):
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error: the user asked for it)
-    """A signal ended the run after a checkpoint was saved.
+    """A signal ended the run; no finished step is lost.
 
     Args:
         signum: the signal's number.
+        outcome: what was saved, and how to continue.
     """
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
+    def __init__(self, signum: int, outcome: str = "checkpoint saved; continue with --resume auto") -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; {outcome}")
         self.signum = signum

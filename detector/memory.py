@@ -46,6 +46,15 @@ def free_memory() -> int | None:
     return free
 
 
+def kills_for_memory() -> int | None:
+    """Return how many processes of this machine the kernel has killed because memory was full; None if unknown."""
+    try:
+        lines = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+        return int(lines["oom_kill"])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory instead of returning it to the system.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detector.config import Activation
 from detector.scores import score_logits
+from detector.text import printable, shown
 
 
 class Targets(NamedTuple):
@@ -148,17 +149,24 @@ class Detections:
 
 @dataclass(frozen=True)
 class Categories:
-    """The classes of a dataset or model: label k has the name `names[k]` and the COCO category id `ids[k]`."""
+    """The classes of a dataset or model: label k has the name `names[k]` and the COCO category id `ids[k]`.
+
+    Characters of names that control a terminal or cannot be printed are replaced by escapes: here, because every
+    dataset, checkpoint and imported file passes through, and equal names stay equal.
+    """
 
     ids: tuple[int, ...]
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if len(self.ids) != len(self.names) or len(set(self.ids)) != len(self.ids) or not self.ids:
+        typed = all(type(i) is int and -(2**63) <= i < 2**63 for i in self.ids)
+        typed = typed and all(isinstance(name, str) and name for name in self.names)
+        if not typed or len(self.ids) != len(self.names) or len(set(self.ids)) != len(self.ids) or not self.ids:
             raise ValueError(
-                "Categories must hold at least one class, each with one name and an id of its own, got "
-                f"ids {self.ids}, names {self.names}"
+                "Categories must hold at least one class, each with one name and an integer id of its own, got "
+                f"ids {shown(self.ids)}, names {shown(self.names)}"
             )
+        object.__setattr__(self, "names", tuple(printable(name) for name in self.names))
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -8,6 +8,7 @@ generated code, the Triton kernel (tests/test_nms.py has it), speed, memory.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +53,11 @@ class OnGpu(Tensor):
             memo[id(self)] = copied
         found: Tensor = memo[id(self)]
         return found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A file contains ordinary tensors."""
+        with torch._C.DisableTorchFunction():
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 class TwoDevicesError(AssertionError):
@@ -284,7 +290,8 @@ def emulated_gpu() -> Iterator[EmulatedGpu]:
         for module in (resnet, fpn):  # it is a CPU that computes
             patch.setattr(module, "too_narrow_for_bf16", lambda x, *, stride=1: x.shape[-1] <= 2 * stride)
         patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
-        for module in (nn.utils.clip_grad, torch.utils._foreach_utils):
+        optimizers = importlib.import_module("torch.optim.optimizer")  # torch.optim hides it
+        for module in (nn.utils.clip_grad, torch.utils._foreach_utils, optimizers):
             patch.setattr(
                 module, "_group_tensors_by_device_and_dtype", _by_device(module._group_tensors_by_device_and_dtype)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -116,9 +117,9 @@ def test_a_missing_file_is_reported_with_the_nearest_name(write: Write) -> None:
         ("train: {epochs: [1}\n", "main.yaml:1"),
         ("? [a]\n: 1", "main.yaml:1"),
         ("train: *unknown", "main.yaml:1"),
-        ("a: &x {b: *x}", "main.yaml"),
-        ("a: &x [*x]", "main.yaml"),
-        ("train: 1\n\x00", "main.yaml"),
+        ("a: &x {b: *x}", "main.yaml:1"),
+        ("a: &x [*x]", "main.yaml:1"),
+        ("train: 1\n\x00", "main.yaml:2"),
     ],
 )
 def test_invalid_yaml_is_reported_with_its_line(text: str, where: str, write: Write) -> None:
@@ -138,7 +139,7 @@ def test_a_config_must_be_a_mapping(text: str, write: Write) -> None:
 
 def test_yaml_tags_never_run_code(write: Write, tmp_path: Path) -> None:
     message = mistakes(write(f'train: !!python/object/apply:os.mkdir ["{tmp_path}/ran"]'))
-    assert "could not determine a constructor" in message
+    assert "main.yaml:1: invalid YAML: the tag tag:yaml.org,2002:python/object/apply:os.mkdir is not" in message
     assert not (tmp_path / "ran").exists()
 
 
@@ -750,3 +751,59 @@ def test_a_missing_file_with_the_name_of_a_recipe_names_the_recipe(tmp_path: Pat
         load_config(tmp_path / "c.yaml")
     with pytest.raises(ConfigError, match=r"; the recipe of this name is .*configs/quickstart\.yaml"):
         load_config(tmp_path / "configs" / "quickstart.yaml")
+
+
+# --- configs of unknown origin
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "device", "loop", "name"])
+def test_a_config_that_is_no_regular_file_is_an_error_at_once(kind: str, write: Write, tmp_path: Path) -> None:
+    path = tmp_path / "special.yaml"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "name":
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    name = "x" * 300 + ".yaml" if kind == "name" else path.name
+    reason = r"cannot be read: (is a |Too many levels|File name too long)"
+    assert re.search(reason, mistakes(tmp_path / name))
+    assert re.search(reason + ".*named by `_base_` in .*main.yaml", mistakes(write(f"_base_: {name}")))
+
+
+@pytest.mark.parametrize("base", ['"a\\0b"', '"\\ud800"', "''", '"\\e[2J"', "[.]", "'[abc'", "'**/..'"])
+def test_a_base_that_no_file_can_be_is_an_error(base: str, write: Write) -> None:
+    assert "main.yaml" in mistakes(write(f"_base_: {base}"))
+
+
+def test_bases_that_each_name_two_bases_are_read_a_bounded_number_of_times(write: Write) -> None:
+    files = {f"b{k}": f"_base_: [b{k + 1}.yaml, b{k + 1}.yaml]" for k in range(30)}
+    assert "must be read from at most 100 files" in mistakes(write("_base_: [b0.yaml]", **files, b30=""))
+
+
+def test_thousands_of_mistakes_are_a_short_error_soon(write: Write) -> None:
+    text = mistakes(write("\n".join(f"unknown{k}: {k}" for k in range(7000))))
+    assert text.startswith("the config has 7,000 mistakes:\n  unknown0: unknown key")
+    assert re.search(r"\n  and 6,9\d\d more$", text)
+    assert len(text.encode()) <= 4000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: " + "x" * 130_000, "x" * 130_000 + ": 1", f"loss: {{alpha: [{'7, ' * 20_000}]}}", "model: [1]",
+     "data: {augment: [{A: {b: {c: 1}}}]}", "- - - - - 1", f"train: {{epochs: {'9' * 40}}}",
+     '"\\e[2J": 3', "optim: {lr: '\\e'}"],
+)  # fmt: skip
+def test_the_error_of_any_value_is_harmless_and_short(text: str, write: Write) -> None:
+    message = mistakes(write(text + "\n"), "nothing.here=3")
+    assert len(message.encode()) <= 4000
+    assert "\x1b" not in message
+
+
+def test_the_config_of_a_checkpoint_has_the_budget_of_a_file() -> None:
+    nested: dict[str, Any] = {}
+    for _ in range(40):
+        nested = {"a": nested}
+    for values in (nested, {"data": {"augment": [{"x": {"y": [0] * 600_000}}]}}):
+        with pytest.raises(ConfigError, match="its config is too large, or nested too deeply"):
+            config_from_dict(values, "x.pt")

@@ -33,7 +33,7 @@ def test_the_snippet_of_the_focal_loss_guide_runs(repo_root: Path) -> None:
 def test_the_notebook_runs_from_top_to_bottom(
     repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its code cells in one namespace, with one epoch instead of six."""
+    """Its code cells in one namespace, with one epoch instead of fourteen."""
     notebook = json.loads((repo_root / "docs" / "examples" / "train_and_detect.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert len(cells) >= 5

@@ -14,7 +14,7 @@ import torch
 
 from detector.atomic import read_json
 from detector.config_yaml import load_config
-from detector.datasets.loader import _end_workers as end_workers
+from detector.datasets.workers import end_workers
 from detector.training.train import train
 from tests.tiny import REPO, TinyData, images_of, write_coco, write_config, write_tiny_data
 from tools import analyze_loss as analyze_loss_tool

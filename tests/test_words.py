@@ -54,7 +54,7 @@ def texts() -> list[Path]:
     """The files that git tracks, or would, and that hold prose or code."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.split("\0")
-    paths = [ROOT / name for name in names if name.endswith(SUFFIXES) or name == ".ci/run"]
+    paths = [ROOT / name for name in names if name.endswith(SUFFIXES) or name.startswith(".ci/")]
     return [path for path in paths if path.is_file() and "node_modules" not in path.parts]
 
 

@@ -24,6 +24,7 @@ from detector.cli import command
 from detector.dataset_tools.public import COCO2017, get_bccd, get_coco2017
 from detector.dataset_tools.voc import convert_voc
 from detector.datasets.problems import ANNOTATION_LEFT_OUT, IMAGE_LEFT_OUT, examples, group, write_problems
+from detector.text import cut, printable
 
 HELP = {
     "bccd": """Fetch BCCD: 364 images of blood cells, 3 classes, 8 MB.
@@ -125,8 +126,9 @@ def split(arguments: argparse.Namespace) -> None:
     parts = split_file(arguments.annotations, fractions, output_dir=output_dir, seed=arguments.seed)
     for name, part in parts.items():
         counts = Counter(repr(a.get("category_id")) for a in part["annotations"] if isinstance(a, dict))
-        named = [(c.get("name"), counts[repr(c.get("id"))]) for c in part["categories"] if isinstance(c, dict)]
-        classes = ", ".join(f"{title} {count}" for title, count in sorted(named, key=lambda item: -item[1]))
+        named = [(str(c.get("name")), counts[repr(c.get("id"))]) for c in part["categories"] if isinstance(c, dict)]
+        named.sort(key=lambda item: -item[1])
+        classes = cut([f"{printable(title)} {count}" for title, count in named], 100)
         print(f"{output_dir / name}.json: {len(part['images'])} images, {len(part['annotations'])} objects ({classes})")
 
 

@@ -14,8 +14,10 @@ from detector.cli import command, require_checkpoint
 from detector.inference.image_files import find_images
 
 EXAMPLES = """\
-Writes each image with its detections drawn (STEM.jpg), and detections.json (COCO results format with file_name;
-image_id counts the inputs). A checkpoint needs no config. EMA weights are used where there are any.
+Writes each image with its detections drawn (STEM.jpg), detections.jsonl (one line per input, written at once) and, at
+the end, detections.json (COCO results format with file_name and category_name; image_id counts the inputs). A file that
+cannot be predicted is reported and does not stop the others. A checkpoint needs no config. EMA weights are used where
+there are any.
 
 examples:
   python tools/predict.py --checkpoint runs/quickstart/checkpoints/best.pt data/shapes/images/val --output-dir out
@@ -53,36 +55,24 @@ def main(argv: list[str] | None = None) -> int:
     require_checkpoint(arguments.checkpoint)
     paths = find_images(arguments.inputs, output_dir=arguments.output_dir)
     # Imported only now, because loading torch takes seconds that a mistake above should not cost.
-    from rich.progress import track
-
-    from detector.inference.predictor import load_predictor, predict_files, result_records, write_records
+    from detector.inference.predictions import predict_to_folder
+    from detector.inference.predictor import load_predictor
+    from detector.inference.progress import CountProgress
     from detector.reports.draw import draw_detections
 
     predictor = load_predictor(arguments.checkpoint, device=arguments.device, score_thresh=arguments.score_thresh)
     print("\n".join(predictor.origin), end="\n" * bool(predictor.origin), file=sys.stderr)
     make_folder(arguments.output_dir)
-    records, unreadable, used = [], [], set()
-    for image_id, prediction in enumerate(track(predict_files(predictor, paths), "predicting", total=len(paths))):
-        if prediction.image is None or prediction.detections is None:
-            unreadable.append(f"  {prediction.error}")
-            continue
-        detections = prediction.detections
-        records += result_records(image_id, str(prediction.path), detections, predictor.categories)
-        stem = prediction.path.stem
-        while stem in used:  # a file of the same name in another folder
-            stem += f"_{image_id}"
-        used.add(stem)
-        drawn = draw_detections(prediction.image, detections, predictor.categories.names)
-        drawn.save(arguments.output_dir / f"{stem}.jpg", quality=92)
-    write_records(records, arguments.output_dir / "detections.json")
+    with CountProgress("predicting", len(paths)) as progress:
+        summary = predict_to_folder(
+            predictor, paths, arguments.output_dir, draw=draw_detections, progress=progress.update
+        )
     print(
-        f"{len(records)} detections with a score of at least {arguments.score_thresh:g} in "
-        f"{len(paths) - len(unreadable)} images; drawn images and detections.json are in {arguments.output_dir}"
+        f"{summary.detections} detections with a score of at least {arguments.score_thresh:g} in "
+        f"{summary.predicted} images; drawn images, detections.json and detections.jsonl are in {arguments.output_dir}"
     )
-    if unreadable:
-        print("\n".join([f"error: {len(unreadable)} inputs are unreadable:", *unreadable]), file=sys.stderr)
-        return 2
-    return 0
+    print(summary.report(), end="", file=sys.stderr)
+    return summary.exit_code
 
 
 if __name__ == "__main__":

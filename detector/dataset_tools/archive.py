@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 from detector.dataset_tools.download import CHUNK_BYTES, full_disk_explained, require_space
 from detector.dataset_tools.progress import Meter
 from detector.errors import DownloadError
+from detector.files import os_error_text
+from detector.text import printable, shown
 
 MAX_MEMBERS = 500_000  # four times COCO's largest archive
 
@@ -49,10 +51,14 @@ def unpack(path: Path, folder: Path, *, limit_bytes: int, place: Callable[[str],
                         shutil.copyfileobj(source, out, CHUNK_BYTES)
                     done += member.file_size
                     meter.update(done, total)
-    except (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
+        if isinstance(error, DownloadError):
+            raise
         raise DownloadError(
-            f"{path} must be an undamaged zip file, got {error}; delete it and run this again"
+            f"{path} must be an undamaged zip file, got {printable(str(error), 500)}; delete it and run this again"
         ) from error
+    except OSError as error:  # for example, names that the file system refuses
+        raise DownloadError(f"{path} cannot be unpacked: {os_error_text(error)}", exit_code=2) from error
 
 
 def _checked_members(
@@ -67,14 +73,16 @@ def _checked_members(
         # orig_filename: in filename, zipfile has already cut at NUL and replaced the system's separators.
         name, kind = member.orig_filename, stat.S_IFMT(member.external_attr >> 16)
         if name.startswith("/") or re.search(r"[\\:\0]", name) or ".." in name.split("/"):
-            raise DownloadError(f"{path} must not lead out of its folder, got member {name!r}; do not use this file")
+            raise DownloadError(
+                f"{path} must not lead out of its folder, got member {shown(name, 100)}; do not use this file"
+            )
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise DownloadError(
-                f"{path} must contain only files and folders, got a link or device {name!r}; do not use it"
+                f"{path} must contain only files and folders, got a link or device {shown(name, 100)}; do not use it"
             )
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise DownloadError(
-                f"{path} must be stored or deflated and not encrypted, got another kind of member {name!r}"
+                f"{path} must be stored or deflated and not encrypted, got another kind of member {shown(name, 100)}"
             )
         target = None if member.is_dir() else place(name)
         if target is not None:

@@ -20,6 +20,8 @@ from pathlib import Path
 from detector.atomic import read_json, write_json
 from detector.dataset_tools.progress import Meter, format_bytes
 from detector.errors import DownloadError, RunError
+from detector.files import open_regular
+from detector.text import printable
 
 CHUNK_BYTES = 2**20
 # A busy or restarting server; retrying does not help with any other 4xx or 5xx.
@@ -148,12 +150,13 @@ def _receive(archive: Archive, part: Path, *, by_hand: str, timeout_s: float) ->
                 raise _AttemptError(message, network=False) from error
             if error.code in TRANSIENT_STATUS:
                 asked = error.headers.get("Retry-After", "")
-                wait_s = float(asked) if asked.isdecimal() else 0.0
-                raise _AttemptError(f"HTTP {error.code} {error.reason}", wait_s=wait_s) from error
-            raise DownloadError(f"{archive.url} must exist, got HTTP {error.code} {error.reason}; {by_hand}") from error
+                wait_s = float(asked) if re.fullmatch(r"[0-9]{1,9}", asked) else 0.0
+                raise _AttemptError(f"HTTP {error.code} {printable(str(error.reason))}", wait_s=wait_s) from error
+            answer = f"HTTP {error.code} {printable(str(error.reason))}"
+            raise DownloadError(f"{archive.url} must exist, got {answer}; {by_hand}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise _AttemptError(f"no connection ({reason})") from error
+        raise _AttemptError(f"no connection ({printable(str(reason))})") from error
     with response:
         offered, first = _offered(archive, response)
         if response.status == 206 and (known is None or first != start or not offered.continues(known)):
@@ -188,7 +191,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
     try:
         return response.read1(CHUNK_BYTES)
     except (OSError, http.client.HTTPException) as error:
-        raise _AttemptError(f"connection lost ({error})") from error
+        raise _AttemptError(f"connection lost ({printable(str(error))})") from error
 
 
 def _resume_point(archive: Archive, part: Path) -> tuple[int, _Version | None]:
@@ -208,13 +211,13 @@ def _resume_point(archive: Archive, part: Path) -> tuple[int, _Version | None]:
 def _offered(archive: Archive, response: http.client.HTTPResponse) -> tuple[_Version, int]:
     """Return the version that a response belongs to and the offset of its first byte."""
     first, total = 0, None
-    span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+    span = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", response.headers.get("Content-Range", "").strip())
     length = response.headers.get("Content-Length", "")
     if response.status == 206:
         if span is None:
             raise _AttemptError("a partial response without Content-Range", network=False)
         first, total = int(span[1]), None if span[2] == "*" else int(span[2])
-    elif length.isdecimal():
+    elif re.fullmatch(r"[0-9]{1,18}", length):
         total = int(length)
     headers = response.headers
     return _Version(archive.url, headers.get("ETag"), headers.get("Last-Modified"), total), first
@@ -227,13 +230,13 @@ def _verify(path: Path, archive: Archive, remedy: str) -> None:
         raise DownloadError(f"{path} must have {archive.size} bytes, got {size}; {remedy}")
     if archive.sha256 is None:
         if not zipfile.is_zipfile(path):
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 raise DownloadError(
                     f"{path} must be a zip file, got {size} bytes that start with {file.read(16)!r}; {remedy}"
                 )
         return
     digest, done = hashlib.sha256(), 0
-    with path.open("rb") as file, Meter(f"verifying {archive.name}") as meter:
+    with open_regular(path) as file, Meter(f"verifying {archive.name}") as meter:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
             done += len(chunk)

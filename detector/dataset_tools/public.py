@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,9 @@ from detector.dataset_tools.download import Archive, fetch, part_path, require_s
 from detector.dataset_tools.voc import read_names, voc_to_coco
 from detector.datasets.problems import ANNOTATION_LEFT_OUT, Problem, examples, group
 from detector.errors import DownloadError
+from detector.files import read_bytes
+from detector.json_text import parse_json
+from detector.text import printable
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def get_coco2017(
     if unknown or not parts:
         close = [near[0] for name in unknown if (near := difflib.get_close_matches(name, table, n=1, cutoff=0.5))]
         raise DownloadError(
-            f"parts must be one or more of {', '.join(table)}, got {','.join(unknown) or 'none'}"
+            f"parts must be one or more of {', '.join(table)}, got {printable(','.join(unknown)) or 'none'}"
             + (f"; did you mean {', '.join(close)}?" if close else ""),
             exit_code=2,
         )
@@ -319,11 +321,11 @@ def _check_bccd(folder: Path, splits: Mapping[str, SplitCount]) -> list[str]:
     for split, expected in splits.items():
         path = folder / "annotations" / f"{split}.json"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            names = [image["file_name"] for image in content["images"]]
+            content = parse_json(read_bytes(path))
+            names = [str(image["file_name"]) for image in content["images"]]
             found = SplitCount(images=sum(name in present for name in names), boxes=len(content["annotations"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            findings.append(f"must contain a readable annotations/{split}.json, got {error}")
+            findings.append(f"must contain a readable annotations/{split}.json, got {printable(str(error), 300)}")
             continue
         if found != expected:
             findings.append(f"must contain {_counts({split: expected})}, got {_counts({split: found})}")

@@ -12,6 +12,7 @@ import numpy as np
 from detector.atomic import write_json
 from detector.datasets.coco_json import load_json, require_coco
 from detector.errors import DatasetError, UserError
+from detector.text import printable
 
 
 class Fold(NamedTuple):
@@ -107,10 +108,11 @@ def write_folds(annotations: Path, k: int, *, output_dir: Path, seed: int = 0) -
     for i, fold in enumerate(folds):
         write_json(_select(content, part_of, {None, *range(k)} - {i}), fold.train, compact=True)
         write_json(_select(content, part_of, {i}), fold.val, compact=True)
-    names = {repr(c.get("id")): c.get("name") for c in content["categories"] if isinstance(c, dict)}
+    names = {repr(c.get("id")): printable(str(c.get("name"))) for c in content["categories"] if isinstance(c, dict)}
     warnings = [
-        f"{annotations.name}: class {names.get(category, category)} is in {len(images)} image{'s' * (len(images) > 1)},"
-        f" fewer than {k} folds: in a fold without it, its AP is undefined and left out of the mean"
+        f"{annotations.name}: class {names.get(category) or printable(category)} is in {len(images)} "
+        f"image{'s' * (len(images) > 1)}, fewer than {k} folds: in a fold without it, its AP is undefined and left "
+        "out of the mean"
         for category, images in images_with.items()
         if len(images) < k
     ]

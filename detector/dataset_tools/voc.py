@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from detector.atomic import write_json
 from detector.datasets.images import ImageHeader, read_header
 from detector.datasets.problems import ANNOTATION_LEFT_OUT, IMAGE_LEFT_OUT, Problem, problem
 from detector.errors import ImageError, UserError
+from detector.files import os_error_reason, read_bytes
+from detector.text import cut, printable, shown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_XML_BYTES = 16 * 2**20  # one megabyte holds thousands of objects; a larger file is not an annotation
@@ -90,15 +93,21 @@ def read_names(path: Path) -> list[str]:
     """Read an ImageSets list: one image name per line, without suffix.
 
     Raises:
-        UserError: the file is not UTF-8 text, or a name leads out of the image folder.
+        UserError: the file cannot be read or is not UTF-8 text, or a name leads out of the image folder.
+        FileNotFoundError: it does not exist.
     """
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        text = read_bytes(path).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {os_error_reason(error)}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} must be UTF-8 text, got {error}") from error
+        raise UserError(f"{path} must be UTF-8 text, got byte {error.start:,}: {error.reason}") from error
+    names = [line.strip() for line in text.splitlines() if line.strip()]
     for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"image name must stay inside the image folder, got {name!r} in {path}")
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise UserError(f"image name must stay inside the image folder, got {shown(name)} in {path}")
     return names
 
 
@@ -197,7 +206,7 @@ def convert_voc(
     if not list_file.is_file():
         invalid.append(f"--list must be a text file with one image name per line, got {list_file}")
     if categories is not None and (len(set(categories)) < len(categories) or not all(categories)):
-        invalid.append(f"--categories must be distinct names, got {','.join(categories)}")
+        invalid.append(f"--categories must be distinct names, got {shown(','.join(categories), 200)}")
     if invalid:
         raise UserError("; ".join(invalid))
     result = voc_to_coco(images, annotations, names=read_names(list_file), categories=categories)
@@ -235,13 +244,14 @@ def parse_xml(data: bytes) -> ET.Element:
 def _read_annotation(path: Path, name: str, problems: list[Problem]) -> _VocImage | None:
     """Read one XML file; report malformed objects and return None for an unreadable file."""
     try:
-        root = parse_xml(path.read_bytes())
+        root = parse_xml(read_bytes(path, limit=MAX_XML_BYTES))
     except (OSError, ValueError) as error:
-        text = f"{path} must exist, got no file" if isinstance(error, FileNotFoundError) else f"{path}: {error}"
+        reason = os_error_reason(error) if isinstance(error, OSError) else error
+        text = f"{path} must exist, got no file" if isinstance(error, FileNotFoundError) else f"{path}: {reason}"
         problems.append(problem("malformed annotation", name, text, action=IMAGE_LEFT_OUT))
         return None
     if root.tag != "annotation":
-        text = f"{path}: root must be <annotation>, got <{root.tag}>"
+        text = f"{path}: root must be <annotation>, got <{printable(root.tag, 100)}>"
         problems.append(problem("malformed annotation", name, text, action=IMAGE_LEFT_OUT))
         return None
     objects = []
@@ -257,7 +267,7 @@ def _read_annotation(path: Path, name: str, problems: list[Problem]) -> _VocImag
             continue
         difficult = (element.findtext("difficult") or "0").strip()
         if difficult not in ("0", "1"):
-            text = f"object {index} must have difficult 0 or 1, got {difficult!r} in {path}"
+            text = f"object {index} must have difficult 0 or 1, got {shown(difficult)} in {path}"
             problems.append(problem("malformed annotation", name, text, action="0 used"))
         objects.append(_VocObject(label, (corners[0], corners[1], corners[2], corners[3]), difficult == "1"))
     missing = []
@@ -281,7 +291,7 @@ def _find_image(images: Path, name: str, problems: list[Problem]) -> tuple[str, 
     """Return the image's file name relative to `images` and its header; report a missing or unreadable image."""
     for suffix in (form for lower in IMAGE_SUFFIXES for form in (lower, lower.upper())):
         path = images / f"{name}{suffix}"
-        if not path.is_file():
+        if not os.path.isfile(path):
             continue
         try:
             return f"{name}{suffix}", read_header(path)
@@ -316,16 +326,16 @@ def _is_usable(name: str, item: _VocObject, size: tuple[int, int], problems: lis
     left, top, right, bottom = item.corners
     corners = f"[{left},{top},{right},{bottom}]"
     if right <= left or bottom <= top:
-        text = f"box must have xmax > xmin and ymax > ymin, got {item.name} {corners}"
+        text = f"box must have xmax > xmin and ymax > ymin, got {printable(item.name, 100)} {corners}"
         problems.append(problem("box of zero size", name, text, action=ANNOTATION_LEFT_OUT))
         return False
     if left < 0 or top < 0 or right > size[0] or bottom > size[1]:
-        text = f"box must lie in the {size[0]}x{size[1]} image, got {item.name} {corners}"
+        text = f"box must lie in the {size[0]}x{size[1]} image, got {printable(item.name, 100)} {corners}"
         problems.append(problem("box partly outside", name, text, action="kept unchanged"))
     return True
 
 
 def _unknown_category(name: str, ids: dict[str, int]) -> str:
-    near = difflib.get_close_matches(name, ids, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:200], list(ids)[:1000], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"category must be one of {', '.join(ids)}, got {name}{hint}"
+    return f"category must be one of {cut(list(ids), 12)}, got {printable(name, 100)}{hint}"

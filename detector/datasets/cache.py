@@ -6,14 +6,15 @@ import fcntl
 import mmap
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from multiprocessing import reduction
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from detector.datasets.shared_memory import nameless_file
 
 
 class ImageCache:
@@ -56,7 +57,7 @@ class ImageCache:
         self.num_bytes = int(ends[count - 1]) if count else 0
         if count:
             if shared is None:
-                self.file = _nameless_file(self.num_bytes, folder)
+                self.file = nameless_file(self.num_bytes, folder)
             else:
                 self.file = open(shared, "r+b")  # noqa: SIM115 - open for as long as the cache is
             self._map()
@@ -117,16 +118,3 @@ class ImageCache:
         if descriptor is not None:
             self.file = os.fdopen(descriptor.detach(), "r+b")
             self._map()
-
-
-def _nameless_file(size: int, folder: Path | None) -> IO[bytes]:
-    if folder is None and sys.platform == "linux":
-        file: IO[bytes] = os.fdopen(os.memfd_create("detector-images"), "r+b")
-        os.ftruncate(file.fileno(), size)
-        return file
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open for as long as the cache is
-    if sys.platform == "linux":
-        os.posix_fallocate(file.fileno(), 0, size)  # a full disk raises here, and not as a bus error hours later
-    else:
-        os.ftruncate(file.fileno(), size)
-    return file

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from detector.datasets.box_checks import training_boxes
 from detector.datasets.images import decode_at_least
 from detector.datasets.objects import Objects
-from detector.datasets.problems import Finding, cut, from_json, wrap
+from detector.datasets.problems import Finding, from_json, wrap
 from detector.datasets.store import ImageStore
 from detector.structures import Categories, GroundTruth
+from detector.text import cut
 
 TRAINABLE, CROWD, IGNORE = 1, 2, 4  # bits of `CocoDataset.flags`
 

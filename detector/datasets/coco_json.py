@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,16 @@ from numpy.typing import NDArray
 
 from detector.datasets.json_columns import areas, boxes, flags, integer, integers, lengths, numbers_text
 from detector.datasets.missing_paths import nearest_path
-from detector.datasets.problems import COCO_FORMAT, Problem, printable, problem, shown
+from detector.datasets.problems import COCO_FORMAT, Problem, problem
 from detector.datasets.segmentation import box_of_segmentation
 from detector.datasets.tables import NO_ID, AnnotationTable, ImageTable
 from detector.errors import DatasetError
+from detector.files import os_error_reason, read_bytes
+from detector.json_text import JsonError, RepeatedKeyError, parse_json
 from detector.structures import Categories
+from detector.text import cut, printable, shown
+
+EXPECTED = "expected a COCO annotation file (JSON); if it was downloaded or copied, repeat that"
 
 
 def load_json(path: Path) -> Any:
@@ -28,34 +32,28 @@ def load_json(path: Path) -> Any:
         DatasetError: it does not exist, cannot be read or is no valid JSON.
     """
     try:
-        raw = path.read_bytes()
+        return parse_json(_content(path), convert=_without_needless_segmentation)
+    except RepeatedKeyError as error:
+        raise DatasetError(f"{path}: {error}") from None
+    except JsonError as error:
+        raise DatasetError(f"{path}: no valid JSON: {error}; {EXPECTED}") from None
+
+
+def _content(path: Path) -> bytes:
+    try:
+        raw = read_bytes(path)
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such annotation file{nearest_path(path)}") from None
     except OSError as error:
-        raise DatasetError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise DatasetError(f"{path}: cannot be read: {os_error_reason(error)}") from error
     head = raw[:200].lstrip()
     if head.startswith(b"version https://git-lfs"):
         raise DatasetError(f"{path}: is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
-    if not raw.strip():
+    if head.startswith(b"<"):
+        raise DatasetError(f"{path}: XML: {EXPECTED}")
+    if not head and not raw.strip():
         raise DatasetError(f"{path}: the file is empty; expected a COCO annotation file (JSON)")
-    expected = "expected a COCO annotation file (JSON); if it was downloaded or copied, repeat that"
-    # Collecting garbage among millions of new objects, none of which is garbage, doubles the time.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        text = raw.decode(json.detect_encoding(raw))
-        del raw  # with a large file, the bytes, the text and the objects need not all be in memory
-        return json.loads(text, object_hook=_without_needless_segmentation)
-    except json.JSONDecodeError as error:
-        kind = "XML" if head.startswith(b"<") else "no valid JSON"
-        near = printable(error.doc[max(0, error.pos - 30) : error.pos + 30])
-        place = f"at line {error.lineno}, column {error.colno}, near: {near}"
-        raise DatasetError(f"{path}: {kind}: {error.msg} {place}; {expected}") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise DatasetError(f"{path}: no valid JSON: {error}; {expected}") from None
-    finally:
-        if collecting:
-            gc.enable()
+    return raw
 
 
 def _without_needless_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
@@ -100,10 +98,10 @@ def other_format(content: Any) -> str | None:
         return "a GeoJSON file"
     missing = [key for key in lists if not isinstance(content.get(key), list)]
     if missing != ["annotations"]:
-        annotations = content.get("annotations") or ()
-        if any("caption" in a for a in annotations if isinstance(a, dict)):
+        annotations = content.get("annotations")
+        if isinstance(annotations, list) and any("caption" in a for a in annotations if isinstance(a, dict)):
             return "a COCO captions file"
-    keys = ", ".join(list(map(printable, content))[:8]) or "none"
+    keys = cut([printable(key, 40) for key in islice(content, 8)], 8) or "none"
     published = ", as COCO publishes for its test images" if missing == ["annotations"] else ""
     return f"a file without a list of {' and '.join(missing)} (its keys: {keys}){published}"
 
@@ -123,21 +121,28 @@ def read_categories(path: Path, declared: list[Any], problems: list[Problem]) ->
         elif not isinstance(name, str) or not name:
             mistakes.append(f"categories[{k}] (id {category_id}) must have a name, got {shown(name)}")
         elif category_id in names:
-            mistakes.append(f"category id {category_id} must have one name, got {names[category_id]!r} and {name!r}")
+            both = f"{shown(names[category_id])} and {shown(name)}"
+            mistakes.append(f"category id {category_id} must have one name, got {both}")
         else:
-            names[category_id] = name
+            names[category_id] = printable(name)
+            where = f"category {category_id} ({name})"
+            if names[category_id] != name:
+                detail = f"its name {shown(name)} is written {shown(names[category_id])}"
+                problems.append(problem("unprintable class name", where, detail))
             if type(category["id"]) is not int:
-                where = f"category {category_id} ({name})"
                 problems.append(problem("number written as text", where, f"id {shown(category['id'])}"))
-    for name, uses in Counter(names.values()).items():
-        if uses > 1:
-            ids_of_name = ", ".join(str(i) for i in names if names[i] == name)
-            mistakes.append(f"category name {name!r} must belong to one id, got ids {ids_of_name}")
+    ids_by_name: defaultdict[str, list[int]] = defaultdict(list)
+    for category_id, name in names.items():
+        ids_by_name[name].append(category_id)
+    for name, ids in ids_by_name.items():
+        if len(ids) > 1:
+            ids_of_name = cut([str(i) for i in ids], 8)
+            mistakes.append(f"category name {shown(name)} must belong to one id, got ids {ids_of_name}")
     if not declared:
         mistakes.append('"categories" must declare at least one class, got none')
     problems += [problem("categories", str(path), mistake) for mistake in mistakes]
-    ids = sorted(names)
-    return None if mistakes else Categories(tuple(ids), tuple(names[i] for i in ids))
+    in_order = sorted(names)
+    return None if mistakes else Categories(tuple(in_order), tuple(names[i] for i in in_order))
 
 
 def read_images(items: list[Any], problems: list[Problem], *, with_files: bool) -> ImageTable:

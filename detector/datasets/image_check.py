@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from detector.atomic import atomic_file
-from detector.datasets.images import DEEP_GREY, header_of, open_image, to_rgb
+from detector.datasets.images import DEEP_GREY, decode_open, header_of, name_of, open_image, why_unreadable
 from detector.datasets.store import FileStat, ImageStore
 from detector.errors import ImageError, RunError
+from detector.files import open_regular
 
 UNCHECKED, GOOD, MISSING, BAD = range(4)
 
@@ -86,22 +87,22 @@ def check_images(
         for i in rows.tolist():
             try:
                 found = store.stat(names[i])
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 status[i] = MISSING if isinstance(error, FileNotFoundError | NotADirectoryError) else BAD
-                facts.reasons[i] = error.strerror or str(error)
+                facts.reasons[i] = why_unreadable(error)
                 continue
             row = cache.row(names[i], found, decode=decode)
             if row is not None:
                 records[i], status[i] = cache.records[row], GOOD
                 continue
             try:
-                with open_image(store, names[i]) as (image, _):
+                with open_image(store, names[i]) as (image, file):
                     header = header_of(image)
-                    rgb = to_rgb(image) if decode else None
+                    rgb = decode_open(image, file) if decode else None
                     peak = np.asarray(rgb).max(initial=0) if decode and header.mode in DEEP_GREY else 255
             except ImageError as error:
                 status[i] = BAD
-                facts.reasons[i] = str(error).removeprefix(f"{store.describe(names[i])}: ")
+                facts.reasons[i] = str(error).removeprefix(f"{name_of(store, names[i])}: ")
                 continue
             size, mode = (header.height, header.width), header.mode.encode("ascii", "replace")
             records[i] = found, decode, size, header.orientation, mode, peak
@@ -140,6 +141,13 @@ def _show_progress(done: Iterator[int], total: int, what: str | None) -> None:
             bar.advance(task, count)
 
 
+CACHE_ERRORS = (
+    OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, RuntimeError, MemoryError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What NumPy raises for damaged files."""
+
+
 class _CheckCache:
     """The good files of one image store, remembered between runs.
 
@@ -150,16 +158,16 @@ class _CheckCache:
     def __init__(self, store: ImageStore) -> None:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         # Another Pillow, or other rules here, may judge files differently: increase the number with the rules.
-        key = hashlib.sha256(f"{store.key}\0{PIL.__version__}\0v3".encode(errors="surrogatepass"))
+        key = hashlib.sha256(f"{store.key}\0{PIL.__version__}\0v4".encode(errors="surrogatepass"))
         self.path = Path(base) / "detector" / f"images-{key.hexdigest()[:24]}.npz"
         try:
-            with np.load(self.path, allow_pickle=False) as saved:
+            with open_regular(self.path) as file, np.load(file, allow_pickle=False) as saved:
                 names = bytes(saved["names"]).decode("utf-8", "surrogatepass").split("\0")[:-1]
                 self.records = saved["records"]
             if self.records.dtype != RECORD or self.records.shape != (len(names),):
                 raise ValueError("records of another format")
             self.rows = dict(zip(names, range(len(names)), strict=True))
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
+        except CACHE_ERRORS:
             self.rows, self.records = {}, np.zeros(0, RECORD)
 
     def row(self, name: str, found: FileStat, *, decode: bool) -> int | None:

@@ -11,10 +11,15 @@ How pixels become 8-bit RGB, in training, evaluation and prediction alike:
 - of an animation or a multi-page file, the first frame.
 
 TIFF files are always rotated by their orientation tag: there the tag is part of the format, and Pillow applies it.
+
+Image files come from anywhere, so what one of them may cost is bounded before it is decoded: its pixels, its pixels per
+byte of the file, the scans of a JPEG, and memory.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,17 +30,30 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from detector.datasets.image_budget import (
+    JPEGS,
+    MAX_BYTES_AT_ONCE,
+    MAX_PIXELS,
+    require_few_pixels,
+    require_few_scans,
+    require_memory,
+)
 from detector.datasets.store import FILES, ImageStore
-from detector.errors import ImageError
+from detector.errors import ImageError, RunError
+from detector.files import os_error_remedy
+from detector.text import printable
 
 # Formats that are recognized by their first bytes, and whose decoders only decode. Some other formats start programs.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")
+_READ_IN_PARTS = tuple(name for name in FORMATS if name not in ("WEBP", "AVIF"))
 
-MAX_PIXELS = 1_000_000_000
-"""Largest image that is decoded: 3 GB as RGB. A file whose header declares more is refused."""
+LONGEST_NAME = 1_000
+"""Characters of a file's path that messages show."""
 
-# Pillow would warn above 89 megapixels and refuse above 179, both common in aerial and medical images.
-Image.MAX_IMAGE_PIXELS = None
+# Pillow refuses twice this limit, also where an animation allocates its canvas while it is opened, and warns above it.
+# Its own limit is 89 megapixels, which aerial and medical images exceed.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
@@ -49,6 +67,7 @@ _TRANSPOSE = {
 }
 DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 """Pillow's modes of 16-bit grey."""
+_TO_8_BITS = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
 
 class ImageHeader(NamedTuple):
@@ -72,6 +91,7 @@ def decode_image(path: Path, *, apply_exif: bool) -> NDArray[np.uint8]:
 
     Raises:
         ImageError: the file is missing, no image, truncated, of floating-point pixels or larger than `MAX_PIXELS`.
+        RunError: there is not enough memory.
     """
     return decode_at_least(FILES, str(path), apply_exif=apply_exif)[0]
 
@@ -105,17 +125,19 @@ def decode_at_least(
         The pixels, and height and width of the whole image.
 
     Raises:
-        ImageError: see `decode_image`.
+        ImageError, RunError: see `decode_image`.
     """
     with open_image(store, name) as (image, file):
+        require_memory(image)
         orientation = _orientation(image) if apply_exif else 1
         transpose, exchanged = _TRANSPOSE.get(orientation), orientation >= 5
         size = (image.width, image.height) if exchanged else (image.height, image.width)
         least = (0, 0) if needed_size is None else reduced_size(size, needed_size(size))
         pixels = None
-        if image.format == "JPEG" and image.mode == "RGB":
-            file.seek(0)
-            pixels = _decode_jpeg(file.read(), least[::-1] if exchanged else least)
+        if image.format in JPEGS:
+            data = require_few_scans(image, file)
+            if image.format == "JPEG" and image.mode == "RGB":
+                pixels = _decode_jpeg(data, least[::-1] if exchanged else least)
         if pixels is None:
             return rgb_pixels(image, apply_exif=apply_exif), size
         if transpose is not None:
@@ -167,40 +189,63 @@ def open_image(store: ImageStore, name: str) -> Iterator[tuple[Image.Image, Bina
 
     Raises:
         ImageError: any error of opening or decoding, also inside the block.
+        RunError: raised inside the block; the image's name is added.
     """
     try:
         with store.open(name) as file:
             try:
-                with Image.open(file, formats=FORMATS) as image:
-                    if image.width * image.height > MAX_PIXELS:
-                        raise ImageError(f"image must have at most {MAX_PIXELS:,} pixels, got {image.size}")
+                num_bytes = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                formats = FORMATS if num_bytes <= MAX_BYTES_AT_ONCE else _READ_IN_PARTS
+                with Image.open(file, formats=formats) as image:
+                    require_few_pixels(image, num_bytes)
                     if image.mode == "F":
                         raise ImageError(
                             "pixels must be integers, got floating point (mode F), where the file does not state which "
                             "value is white; save it as 8-bit or 16-bit"
                         )
                     yield image, file
-            except ImageError:
+            except (ImageError, RunError):
                 raise
             except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on damaged files
                 raise ImageError(_reason(file, error)) from error
-    except ImageError as error:
-        raise ImageError(f"{store.describe(name)}: {error}") from error
+    except (ImageError, RunError) as error:
+        raise type(error)(f"{name_of(store, name)}: {error}") from error
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ImageError(f"{store.describe(name)}: no such file") from error
-    except IsADirectoryError as error:
-        raise ImageError(f"{store.describe(name)}: is a folder, not an image") from error
+        raise ImageError(f"{name_of(store, name)}: no such file") from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise ImageError(f"{store.describe(name)}: {getattr(error, 'strerror', None) or error}") from error
+        raise ImageError(f"{name_of(store, name)}: {why_unreadable(error)}") from error
+
+
+def name_of(store: ImageStore, name: str) -> str:
+    """Return the name of an image for messages, with unprintable characters escaped."""
+    return printable(store.describe(name), LONGEST_NAME)
+
+
+def why_unreadable(error: OSError | ValueError) -> str:
+    """Explain an error of the operating system, or of a name that no file can have, without the file's name."""
+    reason = error.strerror if isinstance(error, OSError) else None
+    return f"{reason or printable(str(error))}{os_error_remedy(error)}"
+
+
+def file_system_error(error: BaseException | None) -> OSError | None:
+    """Return the error of the operating system that an error was raised from; None where a decoder failed."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error
+        error = error.__cause__
+    return None
 
 
 def _reason(file: BinaryIO, error: Exception) -> str:
     """Explain why a file is no usable image; its first bytes show the usual causes."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return why_unreadable(error)
     try:
         file.seek(0)
         head = file.read(64).lstrip().lower()
     except OSError as unreadable:
-        return unreadable.strerror or str(unreadable)
+        return why_unreadable(unreadable)
     if not head:
         return "the file is empty"
     if head.startswith(b"version https://git-lfs"):
@@ -209,7 +254,12 @@ def _reason(file: BinaryIO, error: Exception) -> str:
         return "is a web page, not an image (a failed download)"
     if isinstance(error, UnidentifiedImageError):
         return f"is no image of a known format ({', '.join(FORMATS)})"
-    return f"cannot be decoded: {error}" if str(error) else f"cannot be decoded ({type(error).__name__})"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"image must have at most {MAX_PIXELS:,} pixels"
+    if isinstance(error, MemoryError):
+        return "cannot be decoded: it needs more memory than is free"
+    text = printable(str(error))
+    return f"cannot be decoded: {text}" if text else f"cannot be decoded ({type(error).__name__})"
 
 
 def header_of(image: Image.Image) -> ImageHeader:
@@ -232,15 +282,26 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _TRANSPOSE else 1
 
 
+def decode_open(image: Image.Image, file: BinaryIO) -> Image.Image:
+    """Decode an open image of a store to RGB. Raises like `to_rgb`; `RunError` where there is not enough memory."""
+    require_memory(image)
+    if image.format in JPEGS:
+        require_few_scans(image, file)
+    return to_rgb(image)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an open image to RGB by the rules of this module. Raises `ImageError`, and whatever the decoder raises."""
     if image.mode in DEEP_GREY:
-        deep = np.asarray(image).astype(np.int64)
+        deep = np.asarray(image)
         if deep.size and (deep.min() < 0 or deep.max() > 65535):
             raise ImageError(
                 f"integer pixels must lie in 0..65535, got {deep.min()}..{deep.max()}; save it as 8-bit or 16-bit"
             )
-        image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+        shallow = np.empty(deep.shape, np.uint8)
+        for rows in range(0, len(deep), 256):  # in parts, because indices take 8 bytes per pixel
+            shallow[rows : rows + 256] = _TO_8_BITS[deep[rows : rows + 256]]
+        image = Image.fromarray(shallow)
     else:
         image.load()
     image.info.pop("transparency", None)  # or Pillow warns, for every palette image, that dropping it loses information

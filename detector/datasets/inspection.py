@@ -21,6 +21,9 @@ from detector.datasets.store import ImageStore
 from detector.datasets.tables import NO_ID, AnnotationTable, ImageTable
 from detector.structures import Categories
 
+MAX_COMPARED = 15
+"""Class names for which the most similar one of the other side is searched, among its first thousand."""
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -121,19 +124,17 @@ def _match_categories(
     """Bring the source's classes, and the columns of the images' class mask, into the order of training, by name."""
     if own is None or training is None:
         return own
-    differing = [
-        (name, place, others)
-        for place, names, others in (("this file", own.names, training.names), ("training", training.names, own.names))
-        for name in names
-        if name not in set(others)
-    ]
-    for name, place, others in differing:
-        near = get_close_matches(name, others, 1, 0.6)
+    own_place = {name: k for k, name in enumerate(own.names)}
+    training_names = frozenset(training.names)
+    differing = [(name, "this file", training.names) for name in own.names if name not in training_names]
+    differing += [(name, "training", own.names) for name in training.names if name not in own_place]
+    for k, (name, place, others) in enumerate(differing):
+        near = get_close_matches(name, others[:1000], 1, 0.6) if k < MAX_COMPARED else []
         detail = f"{name!r} is only in {place}" + (f" (nearest on the other side: {near[0]!r})" if near else "")
         problems.append(problem("category names", str(source), f"category names must be those of training: {detail}"))
     if differing:
         return own
-    order = [own.names.index(name) for name in training.names]
+    order = [own_place[name] for name in training.names]
     if images.class_mask is not None:
         images.class_mask = images.class_mask[:, order]
     return Categories(tuple(own.ids[k] for k in order), training.names)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
-import math
-import multiprocessing
-import signal
+import errno
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,7 +20,7 @@ from detector.config import Resize
 from detector.datasets.augment import Augmentation
 from detector.datasets.cache import ImageCache
 from detector.datasets.coco import CocoDataset
-from detector.datasets.images import decode_at_least, reduced_size
+from detector.datasets.images import decode_at_least, file_system_error, reduced_size
 from detector.datasets.objects import NO_OBJECTS, Objects
 from detector.datasets.sampling import SampleKey
 from detector.datasets.transforms import (
@@ -35,6 +32,8 @@ from detector.datasets.transforms import (
     resize_view,
     resized_size,
 )
+from detector.datasets.worker_process import IDLE, WorkerNote, new_zeros, send, start_worker, worker_notes
+from detector.datasets.workers import CHECK_SECONDS, WorkerLoader
 from detector.errors import ImageError
 from detector.structures import Batch, Targets, Unresized
 
@@ -43,6 +42,14 @@ IGNORE_EVERYWHERE = np.array([[-1e6, -1e6, 1e6, 1e6]], dtype=np.float32)
 
 DECODED_SIZE = 0
 """The cache's key for images of their original size; the other keys are short sides."""
+
+RETRY_PAUSES = (0.5, 2.0)
+"""Seconds between the tries to read an image whose file system fails, for a network that is gone for a moment."""
+
+MAX_RETRIES_IN_VAIN = 8
+"""After as many images that could not be read at any try, a process no longer pauses."""
+
+_LASTING_ERRORS = (errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)
 
 MIRRORING, COMPOSING = 1, 2**31
 """Ends of the seeds of mirroring and composing; that of augmentation ends with the number of the copy, if any."""
@@ -118,7 +125,10 @@ class DetectionDataset(Dataset[Sample]):
         self.resizes_on_reading = compose is None and augmentation is None and resize != "float_bilinear"
         """Whether an image is resized before anything else, so that nothing but the resized image is needed."""
         self.decodes_scaled = scaled_decode and self.resizes_on_reading and resize == "area"
+        self.note: WorkerNote | None = None
+        """Where a worker notes what it is reading."""
         self._warned: set[int] = set()
+        self._retries_in_vain = 0
 
     def __len__(self) -> int:
         return len(self.coco)
@@ -126,6 +136,16 @@ class DetectionDataset(Dataset[Sample]):
     def __getitem__(self, key: SampleKey) -> Sample:
         if key.index < 0:
             return _filler(key)
+        self._write_note(key.index)
+        sample = self._sample(key)
+        self._write_note(IDLE)
+        return sample
+
+    def _write_note(self, index: int) -> None:
+        if self.note is not None:
+            self.note.write(index)
+
+    def _sample(self, key: SampleKey) -> Sample:
         try:
             if self.compose is None:
                 view = self._read(key.index, key)
@@ -148,10 +168,11 @@ class DetectionDataset(Dataset[Sample]):
 
     def _read(self, index: int, key: SampleKey) -> View:
         """Read an image with its objects, from the cache or the store."""
+        self._write_note(index)
         image, size = self._cached(index, key)
         if image is None:
             try:
-                image, size = self._decode(index, key)
+                image, size = self._decode_patiently(index, key)
             except (ImageError, OSError) as error:
                 if not self.skip_unreadable:
                     raise
@@ -162,6 +183,22 @@ class DetectionDataset(Dataset[Sample]):
             if self.cache is not None and size == tuple(self.coco.sizes[index]):
                 self.cache.put(index, self._cache_key(key), image)
         return View(image, size, self.coco.objects(index))
+
+    def _decode_patiently(self, index: int, key: SampleKey) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+        """Call `_decode`, again after a pause where the file system failed; a damaged image fails at once."""
+        patient = index not in self._warned and self._retries_in_vain < MAX_RETRIES_IN_VAIN
+        for pause in RETRY_PAUSES if patient else ():
+            try:
+                return self._decode(index, key)
+            except (ImageError, OSError) as error:
+                failure = file_system_error(error)
+                if failure is None or failure.errno in _LASTING_ERRORS:
+                    raise
+            time.sleep(pause)
+        self._retries_in_vain += patient
+        decoded = self._decode(index, key)
+        self._retries_in_vain -= patient
+        return decoded
 
     def _decode(self, index: int, key: SampleKey) -> tuple[NDArray[np.uint8], tuple[int, int]]:
         """Decode an image, and resize it where nothing comes before that; return it and its original size."""
@@ -244,8 +281,8 @@ def too_many_unreadable(count: int, total: int) -> bool:
     return count > min(total - 1, max(5, total // 20))
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Pad samples of one step into a batch."""
+def collate(samples: Sequence[Sample], zeros: Callable[[tuple[int, ...]], NDArray[np.uint8]] = new_zeros) -> Batch:
+    """Pad samples of one step into a batch, whose images are in the memory that `zeros` returns."""
     canvas = samples[0].key.canvas
     sizes = [(s.image.shape[0], s.image.shape[1]) for s in samples]
     unresized = None
@@ -253,11 +290,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
         unresized = Unresized(sizes, [s.size for s in samples], canvas)
         canvas = (max(h for h, _ in sizes), max(w for _, w in sizes))
     # channels last in memory, as in the decoded images and as the network wants them
-    images = _zeros((len(samples), *canvas, 3))
-    for image, sample in zip(images.numpy(), samples, strict=True):
+    images = zeros((len(samples), *canvas, 3))
+    for image, sample in zip(images, samples, strict=True):
         image[: sample.image.shape[0], : sample.image.shape[1]] = sample.image
     return Batch(
-        images=images.permute(0, 3, 1, 2),
+        images=torch.from_numpy(images).permute(0, 3, 1, 2),
         targets=_collate_objects([sample.objects for sample in samples]),
         image_ids=torch.tensor([s.image_id for s in samples]),
         image_sizes=torch.tensor([s.size for s in samples]),
@@ -283,14 +320,6 @@ def _collate_objects(objects: Sequence[Objects]) -> Targets:
         weights,
         class_mask,
     )
-
-
-def _zeros(shape: tuple[int, ...]) -> Tensor:
-    """Return uint8 zeros; in a worker, in memory that the main process reads without a copy."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.zeros(shape, dtype=torch.uint8)
-    memory = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
-    return torch.tensor([], dtype=torch.uint8).set_(memory).view(shape)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -321,40 +350,35 @@ def padded_rows(longest: int) -> int:
 
 
 def build_loader(
-    dataset: DetectionDataset, batches: Iterable[list[SampleKey]], *, num_workers: int, pin_memory: bool = False
-) -> DataLoader[Batch]:
-    """Build a loader that yields one `Batch` per list of keys."""
-    atexit.unregister(_end_workers)
-    atexit.register(_end_workers)
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]  # torch's types know no collate function that changes the type
+    dataset: DetectionDataset,
+    batches: Iterable[list[SampleKey]],
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
+    worker_timeout: float = 300.0,
+) -> Iterable[Batch]:
+    """Build a loader that yields one `Batch` per list of keys.
+
+    Args:
+        dataset: the samples.
+        batches: lists of keys.
+        num_workers: processes that read ahead; 0: none, batches are read when they are asked for.
+        pin_memory: whether batches are in pinned memory.
+        worker_timeout: seconds that a worker may take to read one image.
+
+    Raises:
+        WorkerError: on iteration, a worker cannot be started, died or hangs.
+    """
+    if not num_workers:
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory)
+    notes = worker_notes(num_workers)
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=partial(send, collate=collate),
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(start_worker, notes=notes),
+        timeout=CHECK_SECONDS,
     )
-
-
-def _start_worker(_: int) -> None:
-    """Use one thread, and ignore signals: the main process handles them, and needs the last batches to end well.
-
-    It stops its workers, and they stop by themselves when it has ended.
-    """
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _end_workers() -> None:
-    """Kill the workers that an error left running, at exit.
-
-    multiprocessing would send them SIGTERM and wait forever, because they ignore it; atexit runs this before.
-    """
-    left = [process for process in multiprocessing.active_children() if process.daemon]
-    if left:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end as a failure
-    for process in left:
-        process.kill()
-        process.join()
+    return WorkerLoader(loader, notes, describe=dataset.coco.describe, timeout=worker_timeout)

@@ -16,9 +16,7 @@ from detector.datasets.problems import WHOLE_DATASET, Problem, examples, group, 
 from detector.datasets.store import FolderStore, ImageStore
 from detector.errors import DatasetError
 from detector.structures import Categories
-
-MAX_FATAL = 40
-"""Fatal problems of one kind that a message lists."""
+from detector.text import MAX_MESSAGE, as_many_as_fit, printable, printable_lines
 
 
 def read_coco(
@@ -121,15 +119,24 @@ def _load(annotations: Path, problems: list[Problem]) -> dict[str, list[Any]] | 
     return content
 
 
-def accept(inspection: Inspection, *, on_error: OnError, progress: bool, problems_file: Path | None) -> CocoDataset:
+def accept(
+    inspection: Inspection, *, on_error: OnError, progress: bool, problems_file: Path | None, limit: int = MAX_MESSAGE
+) -> CocoDataset:
     """Return the dataset of an inspection, or refuse it; with `progress`, print to stderr what is wrong with it.
+
+    Args:
+        inspection: the dataset and what is wrong with it.
+        on_error: whether errors refuse the dataset ("fail").
+        progress: whether to print.
+        problems_file: where all problems are listed.
+        limit: bytes of the message of a refusal.
 
     Raises:
         DatasetError: it has a fatal finding, or errors unless `on_error` is "skip".
     """
     findings = inspection.findings
     if any(f.severity == "fatal" or (f.severity == "error" and on_error == "fail") for f in findings):
-        raise DatasetError(_refusal(inspection, problems_file))
+        raise DatasetError(_refusal(inspection, problems_file, limit))
     if progress and findings:
         listed = f" (listed in {problems_file})" if problems_file else ""
         count = sum(len(finding.problems) for finding in findings)
@@ -137,43 +144,58 @@ def accept(inspection: Inspection, *, on_error: OnError, progress: bool, problem
         for finding in findings:
             if finding.kind in WHOLE_DATASET:
                 lines += [wrap(f"warning: {one.where}: {one.detail}; {finding.remedy}") for one in finding.problems]
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        print(printable_lines("\n".join(lines)), file=sys.stderr, flush=True)
     assert inspection.dataset is not None, "without a fatal finding, there is a dataset"
     return inspection.dataset
 
 
-def _refusal(inspection: Inspection, problems_file: Path | None) -> str:
-    """Explain why a dataset is refused: what is wrong, how often, with examples and remedies."""
+def _refusal(inspection: Inspection, problems_file: Path | None, limit: int) -> str:
+    """Explain why a dataset is refused: what is wrong, how often, with examples and remedies, in `limit` bytes."""
     findings = inspection.findings
     fatal = [finding for finding in findings if finding.severity == "fatal"]
     errors = [finding for finding in findings if finding.severity == "error"]
-    handled = [finding for finding in findings if finding.severity not in ("fatal", "error")]
-    lines = []
-    for finding in fatal:
-        lines += [f"{one.where}: {one.detail}" for one in finding.problems[:MAX_FATAL]]
-        if len(finding.problems) > MAX_FATAL:
-            lines.append(f"  ... and {len(finding.problems) - MAX_FATAL:,} more")
-    if not fatal:
+    others = errors + [finding for finding in findings if finding.severity not in ("fatal", "error")]
+    if fatal:
+        several = [one for finding in fatal for one in finding.problems]
+        places = [""] + [one.where for one in several]
+        reasons = [
+            f"  {one.detail}" if one.where == before else f"{one.where}: {one.detail}"
+            for one, before in zip(several, places, strict=False)
+        ]
+    else:
         count = sum(len(finding.problems) for finding in errors)
         some = f"{count:,} error{'s' * (count != 1)}"
-        lines.append(f"{inspection.source}: refused for {some} that would change the training data")
-    if errors or handled:
-        lines += ["", table(errors + handled, refused=True), "", "examples", examples(errors + handled), ""]
-        if problems_file is not None:
-            lines.append(f"complete list: {problems_file} ({sum(len(f.problems) for f in findings):,} lines)")
-    advice = [f"{finding.kind}: {finding.remedy}" for finding in findings if finding.remedy]
+        reasons = [f"{printable(str(inspection.source))}: refused for {some} that would change the training data"]
+    overview = ["", *table(others, refused=True).splitlines()] if others else []
+    listed = ["", "examples", *examples(others).splitlines(), ""] if others else []
+    if others and problems_file is not None:
+        listed.append(f"complete list: {problems_file} ({sum(len(f.problems) for f in findings):,} lines)")
+    advice = _advice(inspection, only_errors=not fatal)
+    reasons, advice, overview, listed = _fitted([reasons, advice, overview, listed], limit)
+    return "\n".join([*reasons, *overview, *listed, *advice])
+
+
+def _advice(inspection: Inspection, *, only_errors: bool) -> list[str]:
+    """What to do about the findings, as lines."""
+    advice = [f"{finding.kind}: {finding.remedy}" for finding in inspection.findings if finding.remedy]
     if inspection.missing is not None:
-        advice.append(missing_image_hint(*inspection.missing))
-    if not fatal:
+        advice.append(printable(missing_image_hint(*inspection.missing), 600))
+    if only_errors:
         left_out = inspection.num_images - inspection.num_usable
         advice.append(
             f"or set data.on_error=skip, which uses {inspection.num_usable:,} of {inspection.num_images:,} images and "
             f"leaves out {left_out:,} with {inspection.num_lost_annotations:,} annotations"
         )
-    if any(advice):
-        lines.append("what to do")
-        lines += [wrap(text, "  - ", "    ") for text in advice if text]
-    return "\n".join(lines)
+    return ["what to do", *(wrap(text, "  - ", "    ") for text in advice if text)] if any(advice) else []
+
+
+def _fitted(sections: list[list[str]], limit: int) -> list[list[str]]:
+    """Shorten the sections of a message: a quarter of the limit is each one's, what is left the earlier ones'."""
+    sizes = [sum(len(line.encode(errors="backslashreplace")) + 1 for line in lines) for lines in sections]
+    room = [min(size, limit // len(sections)) for size in sizes]
+    for k, size in enumerate(sizes):
+        room[k] += min(size - room[k], limit - sum(room))
+    return [as_many_as_fit(lines, bytes_) for lines, bytes_ in zip(sections, room, strict=True)]
 
 
 def open_split(
@@ -230,7 +252,13 @@ def open_datasets(
             classes = inspection.categories
         try:
             datasets.append(
-                accept(inspection, on_error=config.data.on_error, progress=not quiet, problems_file=problems_file)
+                accept(
+                    inspection,
+                    on_error=config.data.on_error,
+                    progress=not quiet,
+                    problems_file=problems_file,
+                    limit=MAX_MESSAGE // 3,
+                )
             )
         except DatasetError as error:
             refusals.append(str(error))

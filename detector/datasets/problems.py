@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from detector.atomic import write_text
+from detector.text import printable, spreadsheet_cell
 
 WIDTH = 110
 EXAMPLES = 3
+MAX_WHERE, MAX_DETAIL = 300, 600
+"""Characters of a problem's fields."""
 
 Severity = Literal["fatal", "error", "warning", "note"]
 """`fatal` refuses the dataset, `error` too unless `on_error` is `skip`; `warning` and `note` are handled either way."""
@@ -96,6 +99,7 @@ KINDS = {
     "no image size": Kind("note", "boxes not compared with the image"),
     "unusable annotation id": Kind("note", "renumbered"),
     "number written as text": Kind("note", "converted to an integer"),
+    "unprintable class name": Kind("note", "characters that cannot be printed are written as escapes"),
     "duplicate file name": Kind("note", "both images kept"),
     "dark 16-bit images": Kind("note", "scaled by 1/257 like all 16-bit images"),
 }
@@ -107,7 +111,7 @@ WHOLE_DATASET = ("format", "suspected format", "undecided EXIF orientation")
 
 def problem(kind: str, where: str, detail: str, *, action: str | None = None) -> Problem:
     """Create a `Problem` with its kind's usual action; text from files is made safe for terminals and tables."""
-    return Problem(kind, printable(where), printable(detail), action or KINDS[kind].action)
+    return Problem(kind, printable(where, MAX_WHERE), printable(detail, MAX_DETAIL), action or KINDS[kind].action)
 
 
 def group(problems: Iterable[Problem], notes: Mapping[str, str] | None = None) -> tuple[Finding, ...]:
@@ -142,7 +146,7 @@ def from_json(text: str) -> tuple[Finding, ...]:
 
 def write_problems(path: Path, findings: Iterable[Finding]) -> None:
     """Write a line per problem: kind, where, detail, action, separated by tabs. Without problems, delete the file."""
-    lines = ["\t".join(one) + "\n" for finding in findings for one in finding.problems]
+    lines = ["\t".join(map(spreadsheet_cell, one)) + "\n" for finding in findings for one in finding.problems]
     if not lines:
         path.unlink(missing_ok=True)
         return
@@ -173,24 +177,6 @@ def examples(findings: Iterable[Finding], limit: int = EXAMPLES) -> str:
         if len(finding.problems) > limit:
             lines.append(f"    ... and {len(finding.problems) - limit:,} more")
     return "\n".join(lines)
-
-
-def printable(text: str) -> str:
-    """Escape line breaks, tabs and other control characters."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def shown(value: object, limit: int = 60) -> str:
-    """Format a value from a file for a message, shortened to `limit` characters."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def cut(words: Sequence[str], limit: int) -> str:
-    """Join words by commas; of many, the first ones and the last, with the number of the others."""
-    if len(words) <= limit + 1:
-        return ", ".join(words)
-    return f"{', '.join(words[: limit - 1])}, ... ({len(words) - limit:,} more), {words[-1]}"
 
 
 def wrap(text: str, indent: str = "", hanging: str | None = None) -> str:

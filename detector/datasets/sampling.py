@@ -211,12 +211,21 @@ class TrainSampler(Sampler[list[SampleKey]]):
             epoch, within = divmod(step, steps_per_epoch)
             if within == 0 or not batches:
                 batches = self.planner.epoch(epoch)
-            keys = self.planner.keys(epoch, within, batches[within])
-            filler = keys[0]._replace(index=-1)
-            own = keys[self.rank :: self.world_size]
-            count = self.num_micro_batches(len(keys))
-            for part in np.array_split(np.arange(len(own)), count):
-                yield [own[i] for i in part] or [filler]
+            yield from self._micro_batches(self.planner.keys(epoch, within, batches[within]), self.rank)
+
+    def whole_step(self, step: int) -> list[list[SampleKey]]:
+        """Return the micro-batches of all processes of one step of the run."""
+        epoch, within = divmod(step, self.planner.steps_per_epoch)
+        keys = self.planner.keys(epoch, within, self.planner.epoch(epoch)[within])
+        return [part for rank in range(self.world_size) for part in self._micro_batches(keys, rank)]
+
+    def _micro_batches(self, keys: list[SampleKey], rank: int) -> Iterator[list[SampleKey]]:
+        """Yield the micro-batches of one process of a step with these samples."""
+        filler = keys[0]._replace(index=-1)
+        own = keys[rank :: self.world_size]
+        count = self.num_micro_batches(len(keys))
+        for part in np.array_split(np.arange(len(own)), count):
+            yield [own[i] for i in part] or [filler]
 
 
 def eval_batches(

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import errno
+import io
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
+
+from detector.files import open_regular, require_regular
+
+
+class _ModestReader(io.BufferedReader):
+    """A file whose `read` allocates no more than there is to read, where Python allocates as much as is asked for: a
+    damaged length would cost gigabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > io.DEFAULT_BUFFER_SIZE:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
 
 
 class FileStat(NamedTuple):
@@ -30,14 +41,15 @@ class ImageStore(Protocol):
         """Open a file for reading; the result is seekable, so that a header can be read without the rest.
 
         Raises:
-            OSError: it cannot be opened; FileNotFoundError if it does not exist.
+            OSError: it cannot be opened, or is no regular file; FileNotFoundError if it does not exist.
+            ValueError: no file can have this name.
         """
 
     def stat(self, name: str) -> FileStat:
         """Return the size and version of a file.
 
         Raises:
-            OSError: it is no readable file; FileNotFoundError if it does not exist.
+            OSError, ValueError: as from `open`.
         """
 
     def describe(self, name: str) -> str:
@@ -56,14 +68,14 @@ class FolderStore:
         return os.path.realpath(self.root)
 
     def open(self, name: str) -> BinaryIO:
-        """Open the file `root / name`. Raises OSError."""
-        return open(os.path.join(self.root, name), "rb")
+        """Open the file `root / name`. Raises OSError or ValueError."""
+        return _ModestReader(open_regular(os.path.join(self.root, name)).detach())
 
     def stat(self, name: str) -> FileStat:
-        """Return its size and its modification time in nanoseconds. Raises OSError."""
-        found = os.stat(os.path.join(self.root, name))
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "is a folder or device, not an image")
+        """Return its size and its modification time in nanoseconds. Raises OSError or ValueError."""
+        path = os.path.join(self.root, name)
+        found = os.stat(path)
+        require_regular(found.st_mode, path)
         return FileStat(found.st_size, found.st_mtime_ns)
 
     def describe(self, name: str) -> str:

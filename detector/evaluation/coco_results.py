@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from numpy.typing import NDArray
 from detector.atomic import write_text
 from detector.boxes import xyxy_to_xywh
 from detector.errors import ResultsError
+from detector.files import os_error_reason, read_bytes
+from detector.json_text import JsonError, parse_json
 from detector.structures import Categories, Detections, GroundTruth
+from detector.text import MAX_MESSAGE, as_many_as_fit, cut, shown
 
 
 @dataclass(frozen=True)
@@ -109,13 +114,14 @@ def load_results(path: Path, ground_truth: GroundTruth) -> CocoResults:
         ResultsError: lists every problem of the file.
     """
     try:
-        records = json.loads(path.read_bytes())
+        records = parse_json(read_bytes(path))
     except OSError as error:
-        raise ResultsError(f"{path} must be a readable file, got: {error.strerror}") from error
-    except ValueError as error:
+        raise ResultsError(f"{path} must be a readable file, got: {os_error_reason(error)}") from error
+    except JsonError as error:
         raise ResultsError(f"{path} must be JSON, got: {error}. Was it written completely?") from error
     if not isinstance(records, list):
-        got = f"an object with the keys {list(records)[:8]}" if isinstance(records, dict) else repr(records)[:80]
+        keys = cut([shown(key) for key in islice(records, 8)], 8) if isinstance(records, dict) else ""
+        got = f"an object with the keys {keys}" if keys else shown(records)
         raise ResultsError(
             f"{path} must be a COCO results file, a list of {_RECORD}, got {got}. "
             "(Annotations belong in the config, under data.)"
@@ -124,7 +130,7 @@ def load_results(path: Path, ground_truth: GroundTruth) -> CocoResults:
     if problems:
         raise ResultsError(
             f"{path} must be a COCO results file for these annotations, got {len(records)} results with problems:\n"
-            + "\n".join(f"- {p}" for p in problems)
+            + "\n".join(as_many_as_fit([f"- {p}" for p in problems], MAX_MESSAGE - 500))
         )
     n = len(records)
     return CocoResults(
@@ -143,16 +149,19 @@ def _problems(records: list[Any], ground_truth: GroundTruth) -> list[str]:
     """Summarize the problems of a results file, one line per kind: the number, the first three cases, the remedy."""
     image_ids = set(ground_truth.image_ids.tolist())
     category_ids = set(ground_truth.categories.ids)
-    cases_of: dict[str, list[str]] = {}
+    counts: Counter[str] = Counter()
+    cases_of: defaultdict[str, list[str]] = defaultdict(list)  # the first three of each kind
     for i, record in enumerate(records):
         for kind, case in _problems_of_record(record, image_ids, category_ids):
-            cases_of.setdefault(kind, []).append(f"{str(case)[:60]} (result {i})")
-    if not cases_of:
+            counts[kind] += 1
+            if counts[kind] <= 3:
+                cases_of[kind].append(f"{shown(case)} (result {i})")
+    if not counts:
         return []
 
-    used = {r["category_id"] for r in records if isinstance(r, dict) and _is_id(r.get("category_id"))}
+    used = (r["category_id"] for r in records if isinstance(r, dict) and _is_id(r.get("category_id")))
     use_ids = "write the category ids of the annotation file"
-    if used <= set(range(len(category_ids))):
+    if all(0 <= category_id < len(category_ids) for category_id in used):
         use_ids = f"these look like class indices 0..{len(category_ids) - 1}: write each class's category id instead"
     remedies = {
         "not an object": f"every result must be {_RECORD}",
@@ -169,9 +178,9 @@ def _problems(records: list[Any], ground_truth: GroundTruth) -> list[str]:
         "bbox negative": "width and height must be at least 0; bbox is [x, y, width, height], not two corners",
     }
     return [
-        f"{kind}, {len(cases)} times: {', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''}; {remedy}"
+        f"{kind}, {counts[kind]} times: {', '.join(cases_of[kind])}{', ...' if counts[kind] > 3 else ''}; {remedy}"
         for kind, remedy in remedies.items()
-        if (cases := cases_of.get(kind))
+        if counts[kind]
     ]
 
 
@@ -182,20 +191,20 @@ def _problems_of_record(record: object, image_ids: set[int], category_ids: set[i
         return
     missing = [key for key in _KEYS if key not in record]
     if missing == ["bbox"] and "segmentation" in record:
-        yield "masks without bbox", f"keys {list(record)}"
+        yield "masks without bbox", list(record)
     elif missing:
-        yield "keys missing", " ".join(missing)
+        yield "keys missing", missing
     for key, known in (("image_id", image_ids), ("category_id", category_ids)):
         if key in record and not _is_id(record[key]):
-            yield f"{key} not an integer", repr(record[key])
+            yield f"{key} not an integer", record[key]
         elif key in record and record[key] not in known:
             yield f"{key} unknown", record[key]
     if "score" in record and not _is_finite(record["score"]):
-        yield "score not finite", repr(record["score"])
+        yield "score not finite", record["score"]
     if "bbox" in record:
         box = record["bbox"]
         if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
-            yield "bbox not four numbers", repr(box)
+            yield "bbox not four numbers", box
         elif not (all(map(_is_finite, box)) and _is_finite(float(box[2]) * float(box[3]))):
             yield "bbox not finite", box
         elif box[2] < 0 or box[3] < 0:

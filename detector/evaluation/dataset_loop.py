@@ -46,6 +46,7 @@ def loop_over_dataset(
 
     Raises:
         ImageError: an image cannot be read.
+        WorkerError: a loader worker died or hangs.
     """
     batches = eval_keys(coco, config, indices)
     if split_over_processes:
@@ -57,7 +58,10 @@ def loop_over_dataset(
         skip_unreadable=config.data.on_error == "skip",
     )
     workers = min(config.data.num_workers, len(batches)) if indices is None else 0
-    loader = build_loader(dataset, batches, num_workers=workers, pin_memory=device.type == "cuda")
+    loader = build_loader(
+        dataset, batches, num_workers=workers, pin_memory=device.type == "cuda",
+        worker_timeout=config.data.worker_timeout,
+    )  # fmt: skip
     precision = resolve_precision(config.eval.precision, device)
     missing: list[int] = []
     done, total = 0, sum(map(len, batches))
@@ -71,6 +75,7 @@ def loop_over_dataset(
                 on_batch(detector, loaded, to_device(loaded, device))
                 missing += unreadable_images(loaded)
                 done += len(loaded.index)
+                distributed.note(f"evaluating, after {done} of its {total} images")
                 if progress is not None:
                     progress(done, total)
     finally:

@@ -36,7 +36,7 @@ def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_d
     """
     state = load_checkpoint(checkpoint)
     config = config_for_checkpoint(config, state, checkpoint)
-    with distributed.process_group(config.train.device) as device:
+    with distributed.process_group(config.train.device, timeout=config.train.rank_timeout) as device:
         data = split_config(config, split)
         main = distributed.rank() == 0
         if main:
@@ -129,4 +129,5 @@ def _print_summary(dataset: CocoDataset, config: Config, console: Console) -> No
 
 def _write(metrics: Metrics, results: CocoResults, output_dir: Path) -> None:
     write_results(output_dir / "detections.json", results)
+    (output_dir / "metrics.json").unlink(missing_ok=True)  # on a full disk, those of other detections must not stay
     write_json(metrics.to_json(), output_dir / "metrics.json")

@@ -17,6 +17,7 @@ from detector.errors import RunError
 from detector.experiments.arm import Arm, Difference, interval_over_images, paired_difference
 from detector.experiments.statistics import standard_error
 from detector.reports.figures import save, subplots
+from detector.text import cut
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Comparison:
         """
         known = {row["name"] for arm in self.arms for metrics in arm.metrics.values() for row in metrics["per_class"]}
         if not known.issuperset(classes):
-            raise RunError(f"--classes must be among {', '.join(sorted(known))}, got {', '.join(classes)}")
+            raise RunError(f"--classes must be among {cut(sorted(known), 12)}, got {cut(list(classes), 12)}")
         reference = self.reference.name if self.reference is not None else "-"
         rows = [["", "runs", "AP", "± SE", "95 % over images", f"minus {reference}", "AP50", *classes]]
         for arm in self.arms:
@@ -80,7 +81,8 @@ class Comparison:
     def markdown(self, classes: Sequence[str] = ()) -> str:
         """Table, legend and verdict as Markdown."""
         header, *rows = self.rows(classes)
-        lines = ["| " + " | ".join(row) + " |" for row in (header, ["--"] * len(header), *rows)]
+        table = ([cell.replace("|", "\\|") for cell in row] for row in (header, ["--"] * len(header), *rows))
+        lines = ["| " + " | ".join(row) + " |" for row in table]
         return "\n".join([*lines, "", *self.legend(), "", self.verdict, ""])
 
     def legend(self) -> list[str]:
@@ -138,7 +140,7 @@ def compare(
     if baseline is not None:
         reference = next((arm for arm in compared if arm.name == baseline), None)
         if reference is None:
-            raise RunError(f"--baseline must be one of {', '.join(arm.name for arm in compared)}, got {baseline}")
+            raise RunError(f"--baseline must be one of {cut([arm.name for arm in compared], 12)}, got {baseline}")
     others = [arm for arm in compared if arm is not reference]
     differences = {
         arm.name: paired_difference(arm, reference, comparisons=len(others)) for arm in others if reference is not None

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,11 +15,13 @@ from detector.atomic import read_json
 from detector.checkpoint import load_checkpoint
 from detector.config_yaml import load_config
 from detector.datasets.opening import read_coco
-from detector.errors import RunError
+from detector.errors import CheckpointError, ConfigError, RunError
 from detector.evaluation.coco_results import load_results
 from detector.evaluation.score import score_checkpoint, split_config
 from detector.experiments.arm import Arm
 from detector.experiments.bootstrap import draw_counts, match_classes, resampled_ap
+from detector.reports.records import is_number
+from detector.text import printable
 
 REPLICATES = 500
 """Default number of bootstrap samples."""
@@ -44,6 +47,23 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     return list(runs)
 
 
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Read the metrics of a run on its validation set from metrics.json.
+
+    Raises:
+        RunError: the file cannot be read, or is damaged.
+    """
+    content = read_json(path)
+    content = content if isinstance(content, dict) else {}
+    numbers = {key: value for key, value in content.items() if is_number(value)}
+    rows = content.get("per_class")
+    rows = rows if isinstance(rows, list) else [None]
+    complete = all(isinstance(r, dict) and isinstance(r.get("name"), str) and is_number(r.get("AP")) for r in rows)
+    if not complete or not {"AP", "AP50"} <= numbers.keys():
+        raise RunError(f"{path} must hold AP, AP50 and per_class, as an evaluation writes them; it may be damaged")
+    return {**numbers, "per_class": [{**row, "name": printable(row["name"])} for row in rows]}
+
+
 def is_finished(run: Path) -> bool:
     """Whether a run is finished. The file metrics.json does not show it: the first evaluation writes it."""
     last = run / "checkpoints" / "last.pt"
@@ -62,18 +82,23 @@ def group_runs(runs: Sequence[Path], *, replicates: int = REPLICATES) -> tuple[l
     notes: dict[str, list[str]] = {}
     folders: dict[Path, list[tuple[str, Path]]] = {}
     for run in (run.absolute() for run in runs):
-        if not is_finished(run):
-            notes.setdefault("still running or interrupted, left out", []).append(str(run))
+        try:
+            finished, seed = is_finished(run), load_config(run / "config.yaml").train.seed
+            read_metrics(run / "metrics.json")
+        except (CheckpointError, ConfigError, RunError) as error:
+            notes.setdefault(f"left out: {printable(str(error), 500)}", []).append(printable(str(run)))
+            continue
+        if not finished:
+            notes.setdefault("still running or interrupted, left out", []).append(printable(str(run)))
         elif RUN_KEY.fullmatch(run.name):
             folders.setdefault(run.parent, []).append((run.name, run))
         else:
-            seed = load_config(run / "config.yaml").train.seed
             folders.setdefault(run, []).append((f"seed{seed}", run))
     root = Path(os.path.commonpath([folder.parent for folder in folders])) if folders else Path()
     arms = []
     runs_by_val_set: dict[str, dict[str, str]] = {}
     for folder, members in folders.items():
-        arm = Arm(str(folder.relative_to(root)))
+        arm = Arm(printable(str(folder.relative_to(root))))
         for key, run in members:
             note = add_run(arm, key, run, replicates=replicates)
             if note:
@@ -101,8 +126,7 @@ def add_run(arm: Arm, key: str, run: Path, *, replicates: int = REPLICATES) -> s
     Returns:
         Why there is no bootstrap over images, or "".
     """
-    metrics = read_json(run / "metrics.json")
-    metrics.pop("test", None)
+    metrics = read_metrics(run / "metrics.json")
     arm.metrics[key] = metrics
     config = load_config(run / "config.yaml")
     split = split_config(config, "val")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -18,6 +17,8 @@ import torch
 
 from detector.cli import package_folder
 from detector.errors import RunError
+from detector.reports.records import read_records
+from detector.text import printable
 
 
 def _tool(name: str) -> tuple[str, ...]:
@@ -120,16 +121,12 @@ class RunProgress(NamedTuple):
 
 def read_progress(path: Path) -> RunProgress:
     """Read the progress of a run from metrics.jsonl, whose last line may be incomplete."""
-    epoch, best, best_ap = 0.0, 0.0, {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        epoch = record["epoch"]
-        if record.get("split") == "val":
-            best_ap[epoch] = best = max(best, record["AP"])
-    return RunProgress(epoch, best_ap)
+    if not path.exists():
+        return RunProgress(0.0, {})
+    records, best, best_ap = read_records(path), 0.0, {}
+    for record in records.validation:
+        best_ap[record["epoch"]] = best = max(best, record["AP"])
+    return RunProgress(max((r["epoch"] for r in [*records.training, *records.validation]), default=0.0), best_ap)
 
 
 def error_from_log(log: Path, exit_code: int) -> str:
@@ -139,4 +136,4 @@ def error_from_log(log: Path, exit_code: int) -> str:
         return f"killed by {signal.Signals(-exit_code).name}{out_of_memory}"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or [f"exit code {exit_code}"])[-1][:200]
+    return printable((errors or lines or [f"exit code {exit_code}"])[-1])

@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple
 from detector.config import Config, SplitConfig, flatten
 from detector.config_yaml import load_config
 from detector.errors import ConfigError
+from detector.files import read_bytes
+from detector.text import MAX_MESSAGE, as_many_as_fit
 from detector.training.resume import MAY_CHANGE_ON_RESUME
 
 
@@ -200,7 +202,8 @@ def validate_plan(plan: SweepPlan) -> SweepPlan:
         except ConfigError as error:
             errors.update(dict.fromkeys(str(error).splitlines()[1:] or [str(error)]))
     if errors:
-        raise ConfigError("\n".join(["some configs of the sweep are invalid:", *errors]))
+        lines = as_many_as_fit(list(errors), MAX_MESSAGE - 100)
+        raise ConfigError("\n".join(["some configs of the sweep are invalid:", *lines]))
     _require_same_data(plan)
     return plan
 
@@ -223,7 +226,7 @@ def _require_same_data(plan: SweepPlan) -> None:
 
 def _digest(split: SplitConfig | None) -> str:
     path = Path(split.annotations) if split is not None else None
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path is not None and path.is_file() else str(split)
+    return hashlib.sha256(read_bytes(path)).hexdigest()[:16] if path is not None and path.is_file() else str(split)
 
 
 def study_definition(plan: SweepPlan) -> dict[str, Any]:

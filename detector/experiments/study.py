@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from detector.atomic import read_json, write_json
 from detector.errors import RunError
 from detector.experiments.search_space import Range, SweepPlan
+from detector.text import printable, shown
 
 if TYPE_CHECKING:
     import optuna
@@ -205,8 +206,13 @@ def require_same_study(definition: dict[str, Any], output_dir: Path) -> None:
     stored = read_json(path) if path.exists() else definition
     if stored == definition:
         return
+    if not isinstance(stored, dict):
+        raise RunError(f"{path} must hold the definition of a study, got {shown(stored)}; it may be damaged")
     keys = [key for key in {**stored, **definition} if stored.get(key) != definition.get(key)]
-    lines = [f"  {key}: {stored.get(key)!r} there, {definition.get(key)!r} now" for key in keys]
+    lines = [
+        f"  {printable(key, 100)}: {shown(stored.get(key), 100)} there, {shown(definition.get(key), 100)} now"
+        for key in keys
+    ]
     if len(lines) > 12:
         lines[12:] = ["  ..."]
     advice = "Choose another --output-dir, or continue with the command that started this study."
@@ -253,7 +259,7 @@ def _first_attempt(trial: FrozenTrial) -> int:
 
 def storage_error(error: BaseException) -> str:
     """The first line of the database driver's message, which Optuna replaces by advice of its own."""
-    return (str(error.__cause__ or error).splitlines() or [repr(error)])[0]
+    return printable((str(error.__cause__ or error).splitlines() or [type(error).__name__])[0])
 
 
 def _machine_id(output_dir: Path) -> str:
@@ -261,7 +267,9 @@ def _machine_id(output_dir: Path) -> str:
     path = output_dir / ".owner"
     if not path.exists():
         write_json(uuid.uuid4().hex, path)
-    name: str = read_json(path)
+    name = read_json(path)
+    if not isinstance(name, str):
+        raise RunError(f"{path} must hold the identity of the folder, got {shown(name)}; delete the file")
     return name
 
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from detector.atomic import make_folder, read_json, write_json
+from detector.atomic import make_folder, write_json
 from detector.dataset_tools.stratify import Fold, write_folds
 from detector.errors import Interrupted, RunError
 from detector.experiments.compare import Comparison
+from detector.experiments.finished_runs import read_metrics
 from detector.experiments.run_process import (
     Commands,
     error_from_log,
@@ -351,8 +352,7 @@ class _Sweep:
 
     def _record(self, job: Job) -> None:
         """Store the metrics of a finished run in the study."""
-        metrics = read_json(job.folder / "metrics.json")
-        metrics.pop("test", None)
+        metrics = read_metrics(job.folder / "metrics.json")
         seconds = time.monotonic() - job.started if job.started is not None else None
         job.trial.handle.set_user_attr(job.key.name, {**metrics, "seconds": seconds})
         job.trial.ap[job.key.name] = metrics["AP"]

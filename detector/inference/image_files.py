@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from detector.errors import InputError
+from detector.text import printable
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
 """Files in folders with these suffixes are used; files named one by one may have any name."""
+
+MAX_SHOWN, MAX_SHOWN_NAME = 12, 250
+"""Inputs that an error lists, and characters of each."""
 
 
 def find_images(inputs: Sequence[str], *, output_dir: Path | None = None) -> list[Path]:
@@ -22,23 +27,38 @@ def find_images(inputs: Sequence[str], *, output_dir: Path | None = None) -> lis
     found: dict[Path, None] = {}
     problems = []
     for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            matches = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        elif path.exists():
-            matches = [path]
+        if os.path.isdir(text):
+            matches = sorted(p for p in Path(text).rglob("*") if p.suffix.lower() in SUFFIXES)
+        elif os.path.lexists(text):
+            matches = [Path(text)]
         else:
-            matches = [Path(p) for p in sorted(glob.glob(text, recursive=True)) if Path(p).is_file()]
+            matches = _without_repeated_folders(sorted(glob.glob(text, recursive=True)))
         if not matches:
-            what = "a folder without images" if path.is_dir() else "no file, folder or glob with matches"
-            problems.append(f"  {text}: {what}")
+            what = "a folder without images" if os.path.isdir(text) else "no file, folder or glob with matches"
+            problems.append(f"  {printable(text, MAX_SHOWN_NAME)}: {what}")
         found.update(dict.fromkeys(matches))
     if problems:
-        raise InputError("\n".join(["inputs must be images, folders of images, or globs, got:", *problems]))
-    inside = [str(p) for p in found if output_dir is not None and p.resolve().parent == output_dir.resolve()]
+        more = f"  and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
+        lines = ["inputs must be images, folders of images, or globs, got:", *problems[:MAX_SHOWN], more]
+        raise InputError("\n".join(filter(None, lines)))
+    output = None if output_dir is None else os.path.realpath(output_dir)
+    inside = [str(p) for p in found if os.path.realpath(p.parent) == output]
     if inside:
+        shown = ", ".join(printable(name, MAX_SHOWN_NAME) for name in inside[:3])
         raise InputError(
             f"--output-dir {output_dir} must contain none of the inputs, which drawn images could overwrite, got "
-            f"{', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''}; choose another folder"
+            f"{shown}{', ...' if len(inside) > 3 else ''}; choose another folder"
         )
     return list(found)
+
+
+def _without_repeated_folders(names: Sequence[str]) -> list[Path]:
+    """The paths that are no folders; of a file that links between folders lead to by several paths, the first."""
+    seen = set()
+    paths = []
+    for name in names:
+        folder, base = os.path.split(name)
+        if not os.path.isdir(name) and (os.path.realpath(folder), base) not in seen:
+            seen.add((os.path.realpath(folder), base))
+            paths.append(Path(name))
+    return paths

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, overload
 
@@ -13,18 +12,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from detector.atomic import write_text
-from detector.boxes import xyxy_to_xywh
-from detector.checkpoint import TrainState, load_checkpoint
+from detector.checkpoint import TrainState, load_checkpoint, require_fitting_weights
 from detector.config import ChannelOrder, Config
 from detector.datasets.images import decode_image, rgb_pixels
 from detector.datasets.transforms import padded_size, resize_batch, resize_image, resized_size
 from detector.distributed import pick_device
-from detector.errors import CheckpointError, ConfigError, ImageError, InputError
+from detector.errors import CheckpointError, ConfigError, InputError
 from detector.inference.detector import Detector
 from detector.models import RetinaNet, build_model
 from detector.precision import resolve_precision
 from detector.structures import Categories, Detections, HeadOutputs, Unresized
+from detector.text import printable, printable_lines
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 """The path of an image file, a PIL image, or a uint8 array (H, W, 3)."""
@@ -161,8 +159,8 @@ def _read(image: ImageLike, channel_order: ChannelOrder, name: str, *, apply_exi
             raise InputError(f"{expected} a PIL image of floating-point pixels (mode F); convert it to 0..255")
         try:
             return rgb_pixels(image, apply_exif=apply_exif)
-        except OSError as error:  # its file is read now
-            raise InputError(f"{expected} one that cannot be decoded: {error}") from None
+        except Exception as error:  # noqa: BLE001 - its file is read now, and decoders raise anything
+            raise InputError(f"{expected} one that cannot be decoded: {printable(str(error))}") from None
     if not isinstance(image, np.ndarray):
         raise InputError(f"{expected} {type(image).__name__}")
     if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
@@ -185,11 +183,13 @@ def model_of(state: TrainState, device: torch.device) -> RetinaNet:
     Raises:
         CheckpointError: the weights do not fit the network.
     """
+    require_fitting_weights(state)
     model = build_model(state.config.model, len(state.categories))
     try:
         model.load_state_dict(state.weights)
     except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint's weights do not fit the network that it describes: {error}") from None
+        reason = printable_lines(str(error), 3000)
+        raise CheckpointError(f"the checkpoint's weights do not fit the network that it describes: {reason}") from None
     model.to(device).eval()
     if state.config.train.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -223,47 +223,3 @@ def _prediction_device(device: PredictionDevice) -> torch.device:
     if device == "mps" or (device == "auto" and has_mps and not torch.cuda.is_available()):
         return torch.device("mps")
     return pick_device(device)
-
-
-class Prediction(NamedTuple):
-    """The result for one file."""
-
-    path: Path
-    image: NDArray[np.uint8] | None
-    """(H, W, 3) RGB; None where the file is unreadable."""
-    detections: Detections | None
-    error: str | None
-    """Why the file is unreadable."""
-
-
-def predict_files(predictor: Predictor, paths: Sequence[Path]) -> Iterator[Prediction]:
-    """Detect objects in one file after another; an unreadable file is reported and does not stop the others."""
-    for path in paths:
-        try:
-            image = decode_image(path, apply_exif=predictor.apply_exif)
-        except (ImageError, OSError) as error:
-            yield Prediction(path, None, None, str(error))
-            continue
-        yield Prediction(path, image, predictor(image), None)
-
-
-def result_records(
-    image_id: int, file_name: str, detections: Detections, categories: Categories
-) -> list[dict[str, Any]]:
-    """Detections as COCO result records at full precision, with the file's name added."""
-    boxes = xyxy_to_xywh(detections.boxes.double()).tolist()
-    return [
-        {
-            "image_id": image_id,
-            "category_id": categories.ids[label],
-            "bbox": box,
-            "score": score,
-            "file_name": file_name,
-        }
-        for box, score, label in zip(boxes, detections.scores.tolist(), detections.labels.tolist(), strict=True)
-    ]
-
-
-def write_records(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write a COCO results file atomically, one record per line."""
-    write_text("[" + ",\n".join(json.dumps(record) for record in records) + "]\n", path)

@@ -35,6 +35,7 @@ from detector.reports.loss_statistics import (
     group_rows,
     loss_table,
 )
+from detector.text import spreadsheet_cell
 
 
 class LossConcentration(NamedTuple):
@@ -210,7 +211,7 @@ def _write_csv(rows: Sequence[TableRow], path: Path) -> None:
         for row in rows:
             shares = (f"{share:.4f}" for share in row.hardest)
             ratio = "" if row.ratio is None else f"{row.ratio:.4g}"
-            values = (row.kind, row.group, row.gamma, row.side, round(row.entries), f"{row.loss:.6g}")
+            values = (row.kind, spreadsheet_cell(row.group), row.gamma, row.side, round(row.entries), f"{row.loss:.6g}")
             writer.writerow([*values, *shares, ratio, f"{row.calibration_error:.4f}"])
 
 

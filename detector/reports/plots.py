@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,8 @@ from detector.losses import (
     varifocal_loss,
 )
 from detector.reports.figures import learning_curves, loss_curves, save
+from detector.reports.records import read_records
+from detector.text import printable
 
 FORMS: dict[str, Callable[..., Tensor]] = {
     "ce": partial(sigmoid_focal_loss, gamma=0.0, alpha=None),
@@ -66,7 +68,7 @@ def plot_losses(forms: Sequence[str], output: Path, *, against: Literal["p_t", "
 def _parse_form(text: str) -> tuple[Callable[..., Tensor], dict[str, float]]:
     name, _, rest = text.partition(":")
     if name not in FORMS:
-        raise FigureError(f"a form must be one of {', '.join(FORMS)}, got {name!r}")
+        raise FigureError(f"a form must be one of {', '.join(FORMS)}, got {printable(name)!r}")
     try:
         pairs = [pair.split("=") for pair in rest.split(",")] if rest else []
         return FORMS[name], {key: float(value) for key, value in pairs}
@@ -82,7 +84,7 @@ def plot_runs(runs: Sequence[str], output: Path) -> None:
         output: a .svg or .png file.
 
     Raises:
-        RunError: a folder without a metrics.jsonl.
+        RunError: a folder without a metrics.jsonl, or one that cannot be read.
         FigureError: another file type, or no matplotlib.
     """
     curves: dict[str, list[dict[str, Any]]] = {}
@@ -91,7 +93,10 @@ def plot_runs(runs: Sequence[str], output: Path) -> None:
         if not sign or Path(text).is_dir():  # a run's own name may contain the sign: runs/lr=0.01
             label, folder = Path(text).name, text
         path = Path(folder) / "metrics.jsonl"
-        if not path.is_file():
+        if not path.exists():
             raise RunError(f"a run must be the output folder of a training, got {folder}, which has no metrics.jsonl")
-        curves[label] = [json.loads(line) for line in path.read_text().splitlines()]
+        records = read_records(path)
+        if records.damaged:
+            print(f"warning: {path}: {records.damaged:,} damaged records are left out", file=sys.stderr)
+        curves[printable(label)] = [*records.training, *records.validation]
     save(learning_curves(curves), output)

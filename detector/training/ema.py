@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -24,8 +24,14 @@ class Ema:
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Update the average with the model after step number `step` (from 1)."""
+    def update(self, model: nn.Module, step: int, *, applies: Tensor | None = None) -> None:
+        """Update the average with the model after a step.
+
+        Args:
+            model: the current weights.
+            step: number of the step, from 1.
+            applies: () bool on the device: whether anything is to change, decided without a sync point; None: yes.
+        """
         keep = min(self.decay, (1 + step) / (10 + step))
         averages, current = [], []
         for average, new in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
@@ -34,4 +40,9 @@ class Ema:
                 current.append(new)
             else:
                 average.copy_(new)
-        torch._foreach_lerp_(averages, current, 1 - keep)
+        if applies is None:
+            torch._foreach_lerp_(averages, current, 1 - keep)
+            return
+        change = torch._foreach_sub(current, averages)
+        torch._foreach_mul_(change, applies * (1 - keep))
+        torch._foreach_add_(averages, change)

@@ -12,7 +12,12 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from detector.files import os_error_text
+from detector.text import printable_lines
 from detector.training.record_writers import JsonLinesWriter, RecordWriter, TensorBoardWriter
+
+MAX_LOGGED = 100_000
+"""Characters of a text that the terminal shows."""
 
 
 class _Bars(Progress):
@@ -48,10 +53,12 @@ class RunLog:
         self._progress: _Bars | None = None
         if not enabled:
             return
-        self.writers = [
-            JsonLinesWriter(output_dir / "metrics.jsonl", start_step=start_step, evaluation_due=evaluation_due),
-            TensorBoardWriter(output_dir, start_step=start_step),
-        ]
+        metrics = output_dir / "metrics.jsonl"
+        self.writers = [JsonLinesWriter(metrics, start_step=start_step, evaluation_due=evaluation_due, warn=self.warn)]
+        try:
+            self.writers.append(TensorBoardWriter(output_dir, start_step=start_step))
+        except OSError as error:
+            self._warn_of_end(TensorBoardWriter, error)
         if self.console.is_terminal:
             self._progress = _Bars(
                 TextColumn("{task.description}"),
@@ -63,13 +70,30 @@ class RunLog:
             self._progress.start()
             self._task = self._progress.add_task("training", total=total_steps, completed=start_step, eta="")
 
+    def _each(self, write: Callable[[RecordWriter], None]) -> None:
+        """Write a record with every writer; one that cannot write is left out from then on, and training continues."""
+        for writer in [*self.writers]:
+            try:
+                write(writer)
+            except OSError as error:
+                self.writers.remove(writer)
+                self._warn_of_end(type(writer), error)
+
+    def _warn_of_end(self, writer: type, error: OSError) -> None:
+        self.warn(
+            f"{writer.__name__.removesuffix('Writer')} records end here: {os_error_text(error)}; training continues"
+        )
+
     def info(self, text: object) -> None:
         """Print a line, a table or several lines."""
-        self.console.print(text, markup=False) if isinstance(text, str) else self.console.print(text)
+        if isinstance(text, str):
+            self.console.print(printable_lines(text, MAX_LOGGED), markup=False)
+        else:
+            self.console.print(text)
 
     def warn(self, text: str) -> None:
         """Print something the user should act on."""
-        self.console.print(f"warning: {text}", style="yellow", markup=False)
+        self.console.print(f"warning: {printable_lines(text, MAX_LOGGED)}", style="yellow", markup=False)
 
     def advance(self, step: int) -> None:
         """Move the progress bar, between two records too; no sync point."""
@@ -78,8 +102,7 @@ class RunLog:
 
     def step(self, record: dict[str, Any]) -> None:
         """Log a training record: `step`, `epoch`, losses, lr, grad_norm, images_per_s, data_wait, ..."""
-        for writer in self.writers:
-            writer.step(record)
+        self._each(lambda writer: writer.step(record))
         status = (
             f"loss {record['loss']:.4f} (cls {record['loss_cls']:.4f} box {record['loss_box']:.4f}) "
             f"lr {record['lr']:.2e} grad {record['grad_norm']:.2f} {record['images_per_s']:.1f} images/s "
@@ -94,18 +117,15 @@ class RunLog:
 
     def evaluation(self, record: dict[str, Any], per_class: list[dict[str, Any]]) -> None:
         """Log the record of an evaluation: `step`, `epoch`, `split` and the metrics; and those of each class."""
-        for writer in self.writers:
-            writer.evaluation(record, per_class)
+        self._each(lambda writer: writer.evaluation(record, per_class))
 
     def loss_concentration(self, concentration: Any, step: int) -> None:
         """Log which share of the class loss the hardest examples hold (`reports.loss_analysis.LossConcentration`)."""
-        for writer in self.writers:
-            writer.loss_concentration(concentration, step)
+        self._each(lambda writer: writer.loss_concentration(concentration, step))
 
     def images(self, name: str, images: list[Image.Image], step: int) -> None:
         """Log images under a name."""
-        for writer in self.writers:
-            writer.images(name, images, step)
+        self._each(lambda writer: writer.images(name, images, step))
 
     def progress(self, description: str) -> Callable[[int, int], None] | None:
         """Return a callback (done, total) that shows a second progress bar; None where there is no terminal."""
@@ -136,8 +156,7 @@ class RunLog:
         """Flush and close everything."""
         if self._progress is not None:
             self._progress.stop()
-        for writer in self.writers:
-            writer.close()
+        self._each(lambda writer: writer.close())
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +20,8 @@ from detector.evaluation.dataset_loop import eval_batch_size
 from detector.memory import SPARE, free_memory, peak_of
 from detector.structures import Batch, Targets
 from detector.training.logger import RunLog
-from detector.training.step import Learner, train_step, unchanged_buffers
+from detector.training.running_statistics import running_statistics, unchanged_buffers
+from detector.training.step import Learner, train_step
 
 
 def resolve_micro_batch(
@@ -45,7 +47,7 @@ def resolve_micro_batch(
     """
     wanted = config.train.micro_batch
     if wanted != "auto":
-        return wanted
+        return _no_more_than_fits(wanted, state, log)
     world, norm = distributed.world_size(), config.model.norm
     if norm == "sync_bn" and world > 1:
         raise ConfigError(
@@ -71,7 +73,16 @@ def resolve_micro_batch(
         log.info(f"the {share} images of a step are processed in {parts} micro-batches; the update is that of all")
         if norm in ("bn", "sync_bn"):
             log.warn(f"model.norm {norm} computes its statistics over {-(-share // parts)} images, not {share}")
-    return micro_batch
+    return _no_more_than_fits(micro_batch, state, log)
+
+
+def _no_more_than_fits(micro_batch: int | None, state: TrainState, log: RunLog) -> int | None:
+    """Reduce a micro-batch to what fitted when a step of an earlier session ran out of memory."""
+    fitting = state.fitting_micro_batch
+    if fitting is None or (micro_batch is not None and micro_batch <= fitting):
+        return micro_batch
+    log.info(f"micro-batches have at most {fitting} image{'s' * (fitting > 1)}, as since a step ran out of memory")
+    return fitting
 
 
 def _largest_that_fits(
@@ -127,9 +138,64 @@ def _trial_step(learner: Learner, canvas: tuple[int, int], objects: int, count: 
     targets = Targets(boxes, torch.zeros((count, objects), dtype=torch.int64), boxes[:, :0]).to(learner.device)
     sizes = torch.tensor([canvas] * count, device=learner.device)
     batch = Batch(images, targets, sizes[:, 0], sizes, sizes, sizes[:, 0])
-    alone = replace(learner, network=learner.model, processes=1, scaler=torch.amp.GradScaler(enabled=False))
+    disabled = torch.amp.GradScaler(enabled=False)
+    alone = replace(learner, network=learner.model, processes=1, scaler=disabled, halted=None)
     train_step(alone, [batch])
     learner.optimizer.zero_grad(set_to_none=True)
+
+
+def split_batch(batch: Batch, size: int | None) -> list[Batch]:
+    """Split a micro-batch on its device into the fewest, nearly equal parts of at most `size` images; None: one."""
+    length = len(batch.images)
+    if size is None or length <= size:
+        return [batch]
+    bounds = [tuple(part[[0, -1]].tolist()) for part in torch.arange(length).tensor_split(-(-length // size))]
+
+    def part(rows: slice) -> Batch:
+        targets = Targets(*(None if t is None else t[rows] for t in batch.targets))  # type: ignore[arg-type]
+        return Batch(
+            batch.images[rows], targets, batch.image_ids[rows], batch.image_sizes[rows], batch.original_sizes[rows],
+            batch.index[rows],
+        )  # fmt: skip
+
+    return [part(slice(first, last + 1)) for first, last in bounds]
+
+
+@contextlib.contextmanager
+def parts_that_fit(
+    micro_batches: Sequence[Batch], learner: Learner, state: TrainState, log: RunLog
+) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of a step, cut so that they fit into memory as far as is known.
+
+    If the block runs out of memory, which `train_step` undoes, the state remembers half of the size, for the rest of
+    the run, and the error is suppressed: do the step again. With several processes it is not, because the others wait
+    in the exchange of gradients.
+
+    Args:
+        micro_batches: of the step, as loaded.
+        learner, state, log: of the run.
+
+    Raises:
+        OutOfMemoryError: not even one image fits; or there are several processes.
+    """
+    parts = [part for batch in micro_batches for part in split_batch(batch, state.fitting_micro_batch)]
+    try:
+        yield parts
+    except torch.OutOfMemoryError as error:
+        together = max(len(part.images) for part in parts)
+        if together == 1 or learner.processes > 1:
+            raise
+        state.fitting_micro_batch = -(-together // 2)
+        traceback.clear_frames(error.__traceback__)  # which hold activations
+        height, width = parts[0].images.shape[-2:]
+        has_bn = bool(running_statistics(learner.model))
+        fewer = f"; model.norm bn computes its statistics over {state.fitting_micro_batch} images" if has_bn else ""
+        log.warn(
+            f"out of memory at step {state.step + 1}: {together} images of {height} x {width} pixels did not fit; from "
+            f"now on at most {state.fitting_micro_batch} are processed together (the update is that of all{fewer})"
+        )
+        if learner.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
@@ -146,7 +212,7 @@ def explain_out_of_memory(config: Config, learner: Learner, sampler: TrainSample
         epoch, within = divmod(state.step, planner.steps_per_epoch)
         keys = planner.keys(epoch, within, planner.epoch(epoch)[within])
         share = -(-len(keys) // distributed.world_size())
-        together = -(-share // sampler.num_micro_batches(len(keys)))
+        together = min(-(-share // sampler.num_micro_batches(len(keys))), state.fitting_micro_batch or share)
         raise out_of_memory(config, learner, keys[0].canvas, together, step=state.step) from error
 
 

@@ -152,7 +152,7 @@ def first_loss_check(
     Args:
         head: of the network.
         loss: of the run.
-        micro_batches: of the first step.
+        micro_batches: of this process in the first step.
         result: of the first step.
         num_classes: of the network.
 
@@ -164,12 +164,14 @@ def first_loss_check(
     else:
         bias = [prior_bias(head.prior_prob)] * num_classes
     at_prior = torch.tensor(bias, device=result.loss_cls.device)
-    parts = []
-    for batch, assignment in zip(micro_batches, result.assignments, strict=True):
-        part = loss.constant_class_loss(at_prior, batch.targets, assignment, normalizers=result.normalizers)
-        if part is None:
-            return None
-        parts.append(part)
+    own = [
+        loss.constant_class_loss(at_prior, batch.targets, assignment, normalizers=result.normalizers)
+        for batch, assignment in zip(micro_batches, result.assignments, strict=True)
+    ]
+    known = [part for process in distributed.gather(own) for part in process]
+    parts = [part for part in known if part is not None]
+    if len(parts) < len(known):
+        return None
     positives = sum(part.positives for part in parts)
     constant = ConstantLoss(
         sum(part.total for part in parts),

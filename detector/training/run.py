@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,32 @@ from typing import Any
 import torch
 
 from detector import distributed
-from detector.atomic import make_folder, read_json, write_text
-from detector.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from detector.atomic import make_folder, read_json, remove_leftovers, write_text
+from detector.checkpoint import TrainState, load_checkpoint
 from detector.config import Config, with_micro_batch
 from detector.config_yaml import to_yaml, with_model_of
 from detector.datasets.coco import CocoDataset
 from detector.datasets.opening import open_datasets
 from detector.datasets.sampling import TrainSampler
-from detector.errors import DivergedError, Interrupted, RunError
+from detector.errors import Interrupted, RunError, WorkerError
 from detector.evaluation.self_check import self_check
 from detector.structures import Batch
+from detector.training.checkpoints import (
+    BEST,
+    checkpoint_folder,
+    require_room,
+    save_best,
+    save_last,
+    set_aside_damaged,
+    write_with_retries,
+)
 from detector.training.compile import compile_if_worth_it
 from detector.training.image_cache import enable_image_cache
 from detector.training.log_window import LogWindow
 from detector.training.logger import RunLog
 from detector.training.micro_batch import resolve_micro_batch
-from detector.training.optim import current_lr, lr_factor, scaled_lr, set_lr
+from detector.training.nonfinite import NonfiniteSteps
+from detector.training.optim import current_lr, lr_of_step, set_lr
 from detector.training.preflight import data_warnings, first_loss_check, require_settings, summarize
 from detector.training.profiler import StepProfiler
 from detector.training.resume import require_same_data, state_to_resume
@@ -51,7 +62,10 @@ class Run:
     """Written to every checkpoint; `snapshot` fills in its tensors."""
     log: RunLog
     window: LogWindow
+    nonfinite: NonfiniteSteps
     profiler: StepProfiler
+    saved_step: int | None
+    """Step of the last complete checkpoint."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -66,7 +80,12 @@ class Run:
     def remaining_steps(self, epoch: int) -> Iterator[list[Batch]]:
         """Yield the micro-batches of every step of an epoch that is not done."""
         self.window.start_clock()
-        yield from self.reader.steps(epoch, first=self.state.step)
+        try:
+            yield from self.reader.steps(epoch, first=self.state.step)
+        except WorkerError:  # between two steps, so that none is lost
+            if distributed.world_size() == 1:
+                self.save()
+            raise
 
     def stop_if_requested(self, request: StopRequest) -> None:
         """Save and stop if any process received a signal.
@@ -83,15 +102,14 @@ class Run:
 
     def schedule_lr(self) -> None:
         """Set the learning rate of the next step."""
-        base, _ = scaled_lr(self.config.optim, self.config.train.batch_size)
-        factor = lr_factor(self.state.step, self.reader.sampler.total_steps, self.config.optim)
-        set_lr(self.learner.optimizer, base * factor)
+        total_steps, batch_size = self.reader.sampler.total_steps, self.config.train.batch_size
+        set_lr(self.learner.optimizer, lr_of_step(self.state.step, total_steps, self.config.optim, batch_size))
 
     def record_step(self, result: StepResult, micro_batches: list[Batch]) -> None:
         """Add a step to the log window before its update; check the first loss, and on a CPU that all is finite.
 
         Raises:
-            DivergedError: a loss or gradient is not finite. (A GPU finds this at the next log record, without a sync
+            DivergedError: see `NonfiniteSteps.notice`. (On a GPU only the next log record notices it, without a sync
                 point at every step.)
         """
         if self.state.step == 0 and self.config.train.init_from is None:
@@ -100,9 +118,9 @@ class Run:
             )
             if check is not None:
                 (self.log.info if check.agrees else self.log.warn)(check.text)
-        self.window.add(result, micro_batches, waited=self.reader.wait)
-        if self.learner.device.type == "cpu":  # no sync to wait for, so a diverged step does not reach the weights
-            self._require_finite(self.state.step)
+        self.window.add(result, waited=self.reader.wait)
+        if self.learner.device.type == "cpu":  # no sync to wait for
+            self.nonfinite.notice(self.window, last_step=self.state.step)
 
     def finish_step(self) -> None:
         """Count a step; log and save when they are due."""
@@ -114,10 +132,12 @@ class Run:
             self.log.info(report)
             self.window.start_clock()  # writing the trace is no part of a step
         if state.step % self.config.train.log_every == 0 or state.step == sampler.total_steps:
-            self._require_finite(state.step - 1)
+            self.nonfinite.notice(self.window, last_step=state.step - 1)
             lr = current_lr(self.learner.optimizer)
-            self.log.step(self.window.record(step=state.step, steps_per_epoch=self.steps_per_epoch, lr=lr))
-            self.window = LogWindow(self.learner.device)
+            record = self.window.record(step=state.step, steps_per_epoch=self.steps_per_epoch, lr=lr)
+            if record is not None:  # else all steps were skipped, and the next record includes them
+                self.log.step(record)
+                self.window = LogWindow(self.learner.device)
         every = self.config.train.checkpoint_every_steps
         if every is not None and state.step % every == 0 and state.step % self.steps_per_epoch:
             self.save()  # the last step of an epoch is saved with its evaluation due, which a resumed run must not skip
@@ -137,25 +157,15 @@ class Run:
         self.log.info(f"stopped early: {patience} evaluations without a better AP")
         return True
 
-    def _require_finite(self, last_step: int) -> None:
-        self.window.require_finite(
-            last_step=last_step, lr=current_lr(self.learner.optimizer), output_dir=self.output_dir,
-            grads_may_overflow=self.learner.precision == "fp16",
-        )  # fmt: skip
-
     def snapshot(self) -> TrainState:
         """The content of a checkpoint, as of now.
 
         Raises:
-            DivergedError: a weight is not finite.
+            DivergedError: a weight or a step is not finite.
         """
         learner, state = self.learner, self.state
-        weights = [w for w in learner.model.state_dict().values() if w.is_floating_point()]
-        if not bool(torch.stack([torch.isfinite(w).all() for w in weights]).all()):
-            raise DivergedError(
-                f"weights are no longer finite after step {state.step}; checkpoints in "
-                f"{self.output_dir / 'checkpoints'} are untouched; lower optim.lr or set optim.clip_grad_norm"
-            )
+        self.nonfinite.notice(self.window, last_step=state.step - 1)
+        self.nonfinite.require_finite_weights(self.window)
         state.model = learner.model.state_dict()
         state.ema = learner.ema.model.state_dict() if learner.ema is not None else None
         state.optimizer = learner.optimizer.state_dict()
@@ -163,10 +173,28 @@ class Run:
         state.unlogged = torch.stack(self.window.steps) if self.window.steps else None
         return state
 
-    def save(self, name: str = "last.pt") -> None:
-        """Write a checkpoint (on the first process)."""
+    def save(self) -> None:
+        """Write last.pt (on the first process). Raises RunError where the file system refuses for too long."""
+        state, keep = self.snapshot(), self.config.train.keep_checkpoints
+        self.write(lambda: save_last(state, self.output_dir, keep=keep))
+        self.saved_step = state.step
+
+    def save_best(self) -> None:
+        """Write best.pt and model.pt (on the first process). Raises RunError where the file system refuses for too
+        long."""
+        state = self.snapshot()
+        self.write(lambda: save_best(state, self.output_dir))
+
+    def write(self, write: Callable[[], None]) -> None:
+        """Call a function that writes results (on the first process), repeatedly where the file system refuses.
+
+        Raises:
+            RunError: it refuses for longer than `train.save_timeout`.
+        """
         if distributed.rank() == 0:
-            save_checkpoint(self.snapshot(), self.output_dir / "checkpoints" / name)
+            write_with_retries(
+                write, timeout=self.config.train.save_timeout, saved_step=self.saved_step, warn=self.log.warn
+            )
 
 
 def load_states(
@@ -181,13 +209,16 @@ def load_states(
     Raises:
         RunError, CheckpointError, WeightsError, ConfigError
     """
-    state = state_to_resume(config, output_dir, resume)
+    state, warnings = state_to_resume(config, output_dir, resume)
     source = state
     if source is None and config.train.init_from is not None:
         source = load_checkpoint(Path(config.train.init_from))
     if source is not None:
         config = with_model_of(config, source.config)
     distributed.barrier()  # all have checked the folder before the first writes what would make the others refuse
+    if warnings and distributed.rank() == 0:
+        print("\n".join(f"warning: {warning}" for warning in warnings), file=sys.stderr)
+        set_aside_damaged(output_dir)
     return config, state, source
 
 
@@ -210,7 +241,9 @@ def open_run(
     is_main = distributed.rank() == 0
     require_settings(config, fresh=source is None)
     if is_main:
-        make_folder(output_dir / "checkpoints")
+        make_folder(checkpoint_folder(output_dir))
+        for folder in (output_dir, checkpoint_folder(output_dir)):
+            remove_leftovers(folder)
     train_set, val_set, test_set = open_datasets(config, output_dir, quiet=not is_main)
     if resumed is not None:
         require_same_data(resumed, train_set)
@@ -226,7 +259,7 @@ def open_run(
             config, train_set, state, resumed=resumed is not None, source=source, device=device, log=log
         )
         if resumed is not None:
-            if not (output_dir / "checkpoints" / "best.pt").exists():  # resumed from a file into a new folder
+            if not (checkpoint_folder(output_dir) / BEST).exists():  # resumed from a file into a new folder
                 state.best_ap, state.evaluations_since_best = -1.0, 0
             warn_if_not_bit_identical(state, config, device, log)
         state.config, state.versions = config, numeric_versions(device)
@@ -248,13 +281,17 @@ def open_run(
             world_size=distributed.world_size(),
         )  # fmt: skip
         compile_if_worth_it(config.train.compile, learner, planner, log, steps=total_steps - state.step)
+        if is_main:
+            require_room(output_dir, learner, optimizer=config.optim.name, keep=config.train.keep_checkpoints)
         if val_set is None and config.train.early_stop_patience is not None:
             log.warn("train.early_stop_patience has no effect without data.val")
         if is_main:  # only now, so that an error above leaves nothing that looks like a run
             write_text(to_yaml(config), output_dir / "config.yaml")
-        # Of several processes only the first one's steps are saved, and each has the losses of its own images.
-        unlogged = state.unlogged if distributed.world_size() == 1 else None
         trace_steps = config.train.trace_steps if is_main else 0
+        reader = StepReader(
+            training_data, sampler, num_workers=config.data.num_workers, worker_timeout=config.data.worker_timeout,
+            device=device,
+        )  # fmt: skip
         yield Run(
             with_micro_batch(config, micro_batch),
             output_dir,
@@ -262,11 +299,13 @@ def open_run(
             val_set,
             test_set,
             learner,
-            StepReader(training_data, sampler, num_workers=config.data.num_workers, device=device),
+            reader,
             state,
             log,
-            LogWindow(device, unlogged),
+            LogWindow(device, state.unlogged),
+            NonfiniteSteps(output_dir, learner=learner, reader=reader, state=state, log=log),
             StepProfiler(trace_steps, output_dir / "trace.json.gz", device),
+            saved_step=resumed.step if resumed is not None else None,
         )
     finally:
         log.close()
@@ -284,5 +323,9 @@ def finished_metrics(output_dir: Path) -> dict[str, Any]:
             f"the run to resume is finished, and {path} does not exist: its results are in its own folder; evaluate it "
             "with tools/eval.py, or start from its weights with --init-from"
         )
-    metrics: dict[str, Any] = read_json(path)
+    try:
+        metrics: dict[str, Any] = read_json(path)
+    except RunError as error:
+        best = checkpoint_folder(output_dir) / BEST
+        raise RunError(f"{error}; the weights are safe: evaluate {best} with tools/eval.py") from None
     return metrics

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detector import distributed
-from detector.checkpoint import TrainState
+from detector.checkpoint import TrainState, require_fitting_weights
 from detector.config import Config
 from detector.datasets.class_statistics import class_weights, class_weights_text
 from detector.datasets.coco import CocoDataset
@@ -19,7 +19,7 @@ from detector.models import RetinaNet, build_anchors, build_model
 from detector.precision import resolve_precision
 from detector.training.ema import Ema
 from detector.training.logger import RunLog
-from detector.training.optim import build_optimizer, scaled_lr
+from detector.training.optim import build_optimizer, load_optimizer_state, scaled_lr
 from detector.training.step import Learner
 from detector.weights.backbone_weights import load_backbone_weights
 from detector.weights.compatibility import require_same_build
@@ -95,6 +95,7 @@ def build_learner(
         clip_grad_norm=config.optim.clip_grad_norm,
         processes=distributed.world_size(),
         ema=Ema(model, config.train.ema.decay) if config.train.ema is not None else None,
+        halted=torch.zeros((), dtype=torch.bool, device=device) if config.train.on_nonfinite == "stop" else None,
     )
     if resumed:
         _load_state(learner, state)
@@ -111,6 +112,7 @@ def _load_initial_weights(
         )
         log.info(report if report is not None else "backbone: from scratch")
         return
+    require_fitting_weights(source)
     for line in source.origin:
         log.info(line)
     for line in require_same_build(config, source.config, str(config.train.init_from)):
@@ -131,7 +133,7 @@ def _load_state(learner: Learner, state: TrainState) -> None:
     if learner.ema is not None and state.ema is not None:
         learner.ema.model.load_state_dict(state.ema)
     if state.optimizer is not None:
-        learner.optimizer.load_state_dict(state.optimizer)
+        load_optimizer_state(learner.optimizer, state.optimizer)
     if state.scaler:
         learner.scaler.load_state_dict(state.scaler)
 

@@ -26,12 +26,20 @@ class StepReader:
         dataset: the training set as the network sees it.
         sampler: the samples of every remaining step.
         num_workers: loader processes.
+        worker_timeout: seconds that one may take to read one image.
         device: where batches go.
     """
 
     def __init__(
-        self, dataset: DetectionDataset, sampler: TrainSampler, *, num_workers: int, device: torch.device
+        self,
+        dataset: DetectionDataset,
+        sampler: TrainSampler,
+        *,
+        num_workers: int,
+        worker_timeout: float = 300.0,
+        device: torch.device,
     ) -> None:
+        self.dataset = dataset
         self.coco = dataset.coco
         self.sampler = sampler
         self.device = device
@@ -39,7 +47,12 @@ class StepReader:
         """Images of this epoch that this process could not read."""
         self.wait = 0.0
         """Seconds that the last step waited for its data."""
-        self._batches = iter(build_loader(dataset, sampler, num_workers=num_workers, pin_memory=device.type == "cuda"))
+        self._batches = iter(
+            build_loader(
+                dataset, sampler, num_workers=num_workers, pin_memory=device.type == "cuda",
+                worker_timeout=worker_timeout,
+            )
+        )  # fmt: skip
 
     def steps(self, epoch: int, *, first: int) -> Iterator[list[Batch]]:
         """Yield the micro-batches of the steps of an epoch from step `first` of the run on."""
@@ -48,10 +61,12 @@ class StepReader:
         self.unreadable = set()
         for within in range(first - epoch * planner.steps_per_epoch, planner.steps_per_epoch):
             started = time.monotonic()
+            distributed.note(f"reading the images of step {epoch * planner.steps_per_epoch + within + 1}")
             loaded = [next(self._batches) for _ in range(self.sampler.num_micro_batches(len(plan[within])))]
             self.unreadable |= {i for b in loaded for i in unreadable_images(b)}
             micro_batches = [to_device(b, self.device) for b in loaded]
             self.wait = time.monotonic() - started
+            distributed.note(f"in step {epoch * planner.steps_per_epoch + within + 1}")
             yield micro_batches
 
     def require_readable(self, count: int) -> None:

@@ -13,9 +13,8 @@ from PIL import Image
 
 from detector import distributed
 from detector.atomic import write_json
-from detector.checkpoint import load_checkpoint
 from detector.datasets.coco import CocoDataset
-from detector.errors import DatasetError, ImageError, Interrupted
+from detector.errors import DatasetError, ImageError, Interrupted, RunError
 from detector.evaluation.coco_results import CocoResults
 from detector.evaluation.evaluate import evaluate_model, highest_score
 from detector.evaluation.validation_loss import ValidationLoss
@@ -24,6 +23,7 @@ from detector.reports.draw import side_by_side
 from detector.reports.loss_analysis import loss_concentration
 from detector.reports.loss_examples import collect_examples
 from detector.structures import Detections
+from detector.training.checkpoints import holds_best, load_best
 from detector.training.logger import duration
 from detector.training.run import Run, finished_metrics
 from detector.training.signals import StopRequest
@@ -83,8 +83,8 @@ def validate(run: Run, epoch: int, stop: StopRequest) -> None:
     if distributed.rank() != 0:
         return
     if improved:
-        write_json(metrics.to_json(), run.output_dir / "metrics.json")
-        run.save("best.pt")
+        run.write(lambda: write_json(metrics.to_json(), run.output_dir / "metrics.json"))
+        run.save_best()
     every = config.train.images_every_epochs
     if every and epoch % every == 0:
         images = val_images(val_set, results, skip_unreadable=config.data.on_error == "skip")
@@ -150,6 +150,13 @@ def _spread(total: int, count: int) -> list[int]:
     return indices
 
 
+def _score_best_on(dataset: CocoDataset, run: Run) -> dict[str, Any]:
+    device = run.learner.device
+    model = model_of(load_best(run.output_dir, warn=run.log.warn), device)
+    metrics, _ = evaluate_model(model, dataset, run.config, device=device, progress=run.log.progress("testing"))
+    return metrics.to_json()
+
+
 def score_best(run: Run) -> dict[str, Any]:
     """Score the best weights on the test set, if there is one, and complete metrics.json.
 
@@ -157,14 +164,18 @@ def score_best(run: Run) -> dict[str, Any]:
         The content of metrics.json.
     """
     distributed.barrier()  # best.pt is written by the first process
-    best = run.output_dir / "checkpoints" / "best.pt"
-    metrics = finished_metrics(run.output_dir) if run.val_set is not None else {}
-    if run.test_set is not None and best.exists():
-        model = model_of(load_checkpoint(best), run.learner.device)
-        test_metrics, _ = evaluate_model(
-            model, run.test_set, run.config, device=run.learner.device, progress=run.log.progress("testing")
-        )
-        metrics["test"] = test_metrics.to_json()
-    if distributed.rank() == 0:
-        write_json(metrics, run.output_dir / "metrics.json")
+    if not holds_best(run.output_dir):
+        run.log.warn(f"best.pt was removed from {run.output_dir}: the last weights are saved and evaluated as the best")
+        run.save_best()
+        distributed.barrier()
+    metrics: dict[str, Any] = {}
+    if run.val_set is not None:
+        try:
+            metrics = finished_metrics(run.output_dir)
+        except RunError as error:  # damaged or removed during the run
+            run.log.warn(f"{error}; evaluating it again")
+            metrics = _score_best_on(run.val_set, run)
+    if run.test_set is not None:
+        metrics["test"] = _score_best_on(run.test_set, run)
+    run.write(lambda: write_json(metrics, run.output_dir / "metrics.json"))
     return metrics

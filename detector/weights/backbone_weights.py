@@ -93,8 +93,9 @@ def _download(name: str) -> dict[str, Tensor]:
         )
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if target.exists():
+        return read_tensors(target)  # may have been put there by hand, and may be damaged
     try:
-        # weights_only: the cached file may have been put there by hand
         state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (pickle.UnpicklingError, *READ_ERRORS) as error:
         raise WeightsError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from detector.config import CompatConfig, ModelConfig, PostprocessConfig
 from detector.errors import WeightsError
 from detector.structures import Categories
+from detector.text import printable
 from detector.weights.architecture import (
     check_complete,
     check_required_tensors,
@@ -88,7 +89,9 @@ def import_detector(path: Path, content: Any = None, options: ImportOptions | No
     except ValidationError as error:
         (first, *_) = error.errors()
         setting = ".".join(map(str, first["loc"]))
-        raise WeightsError(f"{path} must describe a valid RetinaNet, got {setting}: {first['msg']}") from None
+        raise WeightsError(
+            f"{path} must describe a valid RetinaNet, got {setting}: {printable(first['msg'], 500)}"
+        ) from None
     check_complete(weights, unmatched, model, len(categories), facts)
     return ImportedDetector(source, model, postprocess, categories, weights, facts.min_max_size, facts.notes)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from detector.errors import WeightsError
+from detector.text import shown
 from detector.weights.import_facts import BGR_MEAN, ImportedFacts, SourceFormat
 from detector.weights.name_maps import BATCH_NORM, DROP, DROP_STEP_COUNTS, WEIGHT_BIAS, RenameRules, hidden_layer
 
@@ -46,8 +47,8 @@ def _collect_facts(tensors: Mapping[str, Tensor], renamed: dict[str, Tensor], fa
     _check_cell_anchors(tensors, facts)
     facts.model |= {
         "norm": "frozen_bn",
-        "pixel_mean": tuple(tensors.get("pixel_mean", torch.tensor(BGR_MEAN)).flatten().tolist()),
-        "pixel_std": tuple(tensors.get("pixel_std", torch.ones(3)).flatten().tolist()),
+        "pixel_mean": tuple(tensors.get("pixel_mean", torch.tensor(BGR_MEAN)).flatten()[:4].tolist()),
+        "pixel_std": tuple(tensors.get("pixel_std", torch.ones(3)).flatten()[:4].tolist()),
         "pad": "batch_max_32",
     }
     facts.compat |= {
@@ -98,7 +99,7 @@ def _check_cell_anchors(tensors: Mapping[str, Tensor], facts: ImportedFacts) -> 
         if stored.shape != expected.shape or not torch.allclose(stored.float(), expected, atol=0.01):
             raise WeightsError(
                 f"{facts.path}: the anchors of P{level + 3} must be detectron2's default ones (sizes {side} x "
-                f"2^(0, 1/3, 2/3), ratios 0.5, 1, 2), got {stored.tolist()}"
+                f"2^(0, 1/3, 2/3), ratios 0.5, 1, 2), got {shown(stored.flatten()[:36].tolist(), 200)}"
             )
 
 

@@ -16,9 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from detector.errors import WeightsError
+from detector.text import shown
 from detector.weights.import_facts import BGR_MEAN, ImportedFacts, SourceFormat, Style
 from detector.weights.name_maps import DROP, DROP_STEP_COUNTS, WEIGHT_BIAS, RenameRules, hidden_layer
 
+MAX_CONFIG = 500_000
+"""Characters of the config's text that are searched; mmdetection's have some ten thousand."""
 _RENAME: RenameRules = (
     DROP_STEP_COUNTS,  # mmdetection trains with norm_eval: the statistics are constant
     (r"backbone\.(.+)", r"backbone.\1"),
@@ -38,8 +41,9 @@ def _collect_facts(_: Mapping[str, Tensor], __: dict[str, Tensor], facts: Import
     meta = facts.content.get("meta") if isinstance(facts.content, dict) else None
     meta = meta if isinstance(meta, dict) else {}
     # The config is under "config" in 2.x, "cfg" in 3.x.
-    text = " ".join(value for key in ("config", "cfg") if isinstance(value := meta.get(key), str))
-    _check_supported(text, str(meta.get("mmdet_version", "")), facts)
+    text = " ".join(value for key in ("config", "cfg") if isinstance(value := meta.get(key), str))[:MAX_CONFIG]
+    version = meta.get("mmdet_version")
+    _check_supported(text, version if isinstance(version, str) else "", facts)
     style = facts.options.style or _style(text, facts)
     order = re.search(r"\b(?:bgr_to_rgb|to_rgb)['\"]?\s*[=:]\s*(True|False|true|false)", text)
     is_rgb = order[1].lower() == "true" if order else style == "pytorch"
@@ -62,7 +66,7 @@ def _collect_facts(_: Mapping[str, Tensor], __: dict[str, Tensor], facts: Import
         "bound_shrinking": True,
     }
     facts.postprocess |= _postprocess_settings(text, facts)
-    scale = r"scale['\"]?\s*[=:]\s*[\[(]\s*(\d+),\s*(\d+)\s*,?\s*[\])]"
+    scale = r"scale['\"]?\s*[=:]\s*[\[(]\s*(\d{1,6}),\s*(\d{1,6})\s*,?\s*[\])]"
     if size := re.search(scale, text.partition("test_pipeline")[2]):
         short, long = sorted(map(int, size.groups()))
         facts.min_max_size = (short, long)
@@ -139,7 +143,7 @@ def _config_numbers(text: str, key: str, count: int | None, facts: ImportedFacts
     Raises:
         WeightsError: the value is not a list of numbers, `count` of them if that is given.
     """
-    found = re.search(rf"\b{key}['\"]?\s*[=:]\s*(?:[\[(]([^\])]*)[\])]|([-+\w.]+))", text)
+    found = re.search(rf"\b{key}['\"]?\s*[=:]\s*(?:[\[(]([^\])]{{0,1000}})[\])]|([-+\w.]{{1,50}}))", text)
     if found is None:
         return None
     try:
@@ -147,7 +151,7 @@ def _config_numbers(text: str, key: str, count: int | None, facts: ImportedFacts
     except ValueError:
         numbers = []
     if not numbers or len(numbers) != (count or len(numbers)) or not all(map(math.isfinite, numbers)):
-        raise WeightsError(f"{facts.path}: the config in the file must give {key} as numbers, got {found[0]!r:.80}")
+        raise WeightsError(f"{facts.path}: the config in the file must give {key} as numbers, got {shown(found[0])}")
     return numbers
 
 

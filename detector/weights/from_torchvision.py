@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from detector.config import AnchorConfig
+from detector.files import open_regular
 from detector.weights.coco_classes import COCO_OUTPUTS
 from detector.weights.import_facts import ImportedFacts, SourceFormat
 from detector.weights.name_maps import WEIGHT_BIAS, RenameRules, hidden_layer
@@ -65,7 +66,7 @@ def _norm_eps(trained_norms: bool, renamed: Mapping[str, Tensor], facts: Importe
         return facts.options.norm_eps
     if trained_norms:
         return 1e-5
-    with facts.path.open("rb") as file:
+    with open_regular(facts.path) as file:
         if hashlib.file_digest(file, "sha256").hexdigest().startswith(PUBLISHED_WITHOUT_EPS):
             return 0.0
     has_coco_outputs = len(renamed["cls_subnet.predictor.bias"]) % COCO_OUTPUTS == 0

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from detector.text import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -64,5 +66,6 @@ def match_tensors(
 
 
 def abbreviate(names: Sequence[str], limit: int = 6) -> str:
-    """Join the first names of a list and count the others."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    """Join the first names of a list, printable, and count the others."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(printable, names[:limit])) + more

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from detector.errors import WeightsError
+from detector.files import os_error_reason, read_bytes
+from detector.json_text import parse_json
 from detector.structures import Categories
+from detector.text import printable, shown
 from detector.weights.coco_classes import COCO, COCO_OUTPUTS
 from detector.weights.import_facts import ImportedFacts, Source
 
@@ -44,7 +47,7 @@ def select_classes(weights: dict[str, Tensor], source: Source, facts: ImportedFa
 
 def _known_classes(num_outputs: int, source: Source, facts: ImportedFacts) -> Categories:
     names = facts.class_names
-    if names is not None and len(names) == num_outputs:
+    if names is not None and all(names) and len(names) == num_outputs:
         if len(set(names)) != len(names):
             raise WeightsError(
                 f"{facts.path} must name each class once, got repeated names; give them with --categories"
@@ -65,13 +68,13 @@ def _given_classes(option: str, num_outputs: int, source: Source, facts: Importe
         # torchvision's reference scripts use COCO's category ids as labels
         if source == "torchvision" and num_outputs == max(categories.ids) + 1 and min(categories.ids) >= 0:
             return list(categories.ids), categories
-    elif Path(option).exists():
+    elif os.path.exists(option):
         raise WeightsError(f"--categories must be a .json file or names separated by commas, got the file {option}")
     else:
         names = tuple(name.strip() for name in option.split(","))
         if not all(names) or len(set(names)) != len(names):
             raise WeightsError(
-                f"--categories must be a COCO file or different names separated by commas, got {option!r}"
+                f"--categories must be a COCO file or different names separated by commas, got {shown(option)}"
             )
         categories = Categories(tuple(range(1, len(names) + 1)), names)
     if len(categories) == num_outputs:
@@ -86,12 +89,12 @@ def _given_classes(option: str, num_outputs: int, source: Source, facts: Importe
 
 def _read_categories(path: Path) -> Categories:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["categories"]
-        pairs = sorted((int(c["id"]), str(c["name"])) for c in entries)
+        entries = parse_json(read_bytes(path))["categories"]
+        pairs = sorted((entry["id"], entry["name"]) for entry in entries)
         return Categories(tuple(i for i, _ in pairs), tuple(name for _, name in pairs))
     except OSError as error:
-        raise WeightsError(f"--categories {path} cannot be read: {error.strerror}") from None
+        raise WeightsError(f"--categories {path} cannot be read: {os_error_reason(error)}") from None
     except (ValueError, LookupError, TypeError) as error:
         raise WeightsError(
-            f"--categories {path} must be a COCO file with categories of different ids: {error}"
+            f"--categories {path} must be a COCO file with categories of different ids: {printable(str(error), 500)}"
         ) from None

@@ -1,17 +1,19 @@
 """Read weight files from untrusted sources: .pt, .pth, .pkl, .npz, .safetensors. Nothing in a file is ever run.
 
-safetensors and NumPy's own reader (without pickles) can only return arrays. Pickles could call any function, so they go
-through one of two restricted readers, which reject a name outside a fixed list before resolving it: torch's own
-(`weights_only`) for files that torch wrote, and `detector.weights.safe_pickle` for bare pickles (detectron2's model
-zoo).
+safetensors can only return arrays. Zip files (.pt, .pth, .npz) are checked against their checksums. Pickles could call
+any function, so they are interpreted by `detector.weights.safe_pickle`, which knows a fixed list of harmless names.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import pickle
 import struct
+import tokenize
 import zipfile
 import zlib
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,63 +24,98 @@ import torch
 from torch import Tensor
 
 from detector.errors import WeightsError
-from detector.weights.safe_pickle import ALLOWED_GLOBALS, copy_budget, load_pickle, to_plain
+from detector.files import open_regular, os_error_reason
+from detector.text import printable
+from detector.weights.pickle_names import DTYPES, Budget, tensor_of
+from detector.weights.torch_file import read_pickles, read_zip
+from detector.weights.zip_records import ZipRecords, is_zip
 
 SUFFIXES = (".pt", ".pth", ".pkl", ".npz", ".safetensors")
 
 READ_ERRORS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, AssertionError,
-    ArithmeticError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile, safetensors.SafetensorError,
+    ArithmeticError, MemoryError, SyntaxError, struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile,
+    safetensors.SafetensorError,
 )  # fmt: skip
 """What torch, numpy, zipfile and safetensors were seen to raise on truncated files and on random changes of bytes."""
 
-MAX_UNPACKED_BYTES = 2**30
-"""Size to which any archive may unpack; a larger one may unpack to `MAX_COMPRESSION_RATIO` times its own size."""
-MAX_COMPRESSION_RATIO = 50
 MAX_COPY_RATIO = 6
 """Bytes that reading a pickle may copy, in multiples of the file size (plus `COPY_ALLOWANCE`)."""
 COPY_ALLOWANCE = 2**20
+MAX_NAME_LENGTH = 500
+"""Characters of a tensor's name."""
+MAX_SHARING = 4
+"""Bytes of all tensors together, in multiples of what is stored."""
 
 
 def read_content(path: Path, *, mmap: bool = False) -> Any:
     """Read a weight file as tensors, plain containers and `InertObject` records.
+
+    Every record of a zip file is compared with its checksum before anything in it is used. The other formats have none.
 
     Args:
         path: the file, with one of `SUFFIXES`.
         mmap: leave tensors on disk until they are used, where the format allows it.
 
     Raises:
+        DamagedError: a checksum differs.
         WeightsError: the file is missing, damaged, or could run code.
     """
+    shown_path = printable(str(path), 1000)
     if path.suffix not in SUFFIXES:
-        raise WeightsError(f"weights file must end in {', '.join(SUFFIXES)}, got {path}")
-    if not path.is_file():
-        raise WeightsError(f"weights file {path} does not exist")
-    copy_budget.set(MAX_COPY_RATIO * path.stat().st_size + COPY_ALLOWANCE)
+        raise WeightsError(f"weights file must end in {', '.join(SUFFIXES)}, got {shown_path}")
     try:
-        _reject_zip_bomb(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        if path.suffix == ".pkl" and not zipfile.is_zipfile(path):
-            return load_pickle(path)
-        allowed: Any = [(stand_in, name) for name, stand_in in ALLOWED_GLOBALS.items()]
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-        return to_plain(content)
+        with open_regular(path) as file:
+            return _read(file, path, map_file=mmap)
+    except FileNotFoundError:
+        raise WeightsError(f"weights file {shown_path} does not exist") from None
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"weights file {path} was rejected: it is damaged, or contains more than tensors and could run code "
+            f"weights file {shown_path} was rejected: it is damaged, or contains more than tensors and could run code "
             f"({error_summary(error)}); save a state_dict instead"
         ) from None
     except RecursionError:
-        raise WeightsError(f"weights file {path} was rejected: its content is nested too deeply or in itself") from None
+        text = f"weights file {shown_path} was rejected: its content is nested too deeply or in itself"
+        raise WeightsError(text) from None
     except WeightsError:
         raise
     except READ_ERRORS as error:
-        raise WeightsError(f"weights file {path} cannot be read, it may be damaged: {error_summary(error)}") from None
+        reason = os_error_reason(error) if isinstance(error, OSError) else error_summary(error)
+        raise WeightsError(f"weights file {shown_path} cannot be read, it may be damaged: {reason}") from None
+
+
+def _read(file: BufferedReader, path: Path, *, map_file: bool) -> Any:
+    size = file.seek(0, 2)
+    budget = Budget(MAX_COPY_RATIO * size + COPY_ALLOWANCE)
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    if is_zip(file):
+        records = ZipRecords(file, f"weights file {printable(str(path), 1000)}")
+        if path.suffix == ".npz":
+            return {name.removesuffix(".npy"): _numpy_tensor(records.read(name)) for name in records.records}
+        return read_zip(file, records, budget, map_file=map_file)
+    if path.suffix == ".npz":
+        raise zipfile.BadZipFile("it is no zip file")
+    file.seek(0)
+    return read_pickles(file, budget)
+
+
+def _numpy_tensor(data: bytearray) -> Tensor:
+    """Read a file of numpy.save, which must have as many bytes as its header declares."""
+    file = BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError("arrays must hold plain numbers")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read_header(file)
+    start, count = file.seek(0, os.SEEK_CUR), math.prod(shape)
+    if dtype.kind not in "biuf" or dtype.hasobject:
+        raise ValueError(f"arrays must hold plain numbers, got dtype kind {dtype.kind}")
+    if min(shape, default=0) < 0 or count * dtype.itemsize != len(data) - start:
+        raise ValueError(f"an array must have {count * dtype.itemsize:,} bytes, got {len(data) - start:,}")
+    numbers = np.frombuffer(data, dtype, count, start) if count else np.empty(0, dtype)
+    array = numbers.reshape(shape, order="F" if fortran else "C")
+    return tensor_of(array.astype(dtype.newbyteorder("="), order="C"))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -92,37 +129,52 @@ def tensors_in(content: Any, path: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: the content holds anything but named, dense CPU tensors.
     """
-    tensors = state_dict_in(content)
-    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
-        other = next((f", {k} being {type(v).__name__}" for k, v in tensors.items() if not isinstance(v, Tensor)), "")
-        raise WeightsError(
-            f"weights file {path} must hold a mapping from names to tensors, got {type(content).__name__}{other}"
-        )
+    tensors, source = state_dict_in(content), f"weights file {printable(str(path), 1000)}"
+    if not tensors or not all(map(_is_tensor, tensors.values())):
+        odd = next((f"{printable(k)} being {type(v).__name__}" for k, v in tensors.items() if not _is_tensor(v)), "")
+        got = type(content).__name__ + f", {odd}" * bool(odd)
+        raise WeightsError(f"{source} must hold a mapping from names to tensors, got {got}")
+    if len(tensors) < len(_innermost(content)):
+        raise WeightsError(f"{source} must name each tensor once, got names that differ in the prefix module. only")
+    stored: dict[int, int] = {}
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        where = f"{source}: {printable(name)}"
+        if len(name) > MAX_NAME_LENGTH:
+            raise WeightsError(f"{where} must have at most {MAX_NAME_LENGTH} characters")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in DTYPES.values():
+            kind = f"{tensor.layout} {tensor.dtype} on {tensor.device}".replace("torch.", "")
+            raise WeightsError(f"{where} must be a dense CPU tensor of plain numbers, got {kind}")
+        stored[tensor.untyped_storage().data_ptr()] = storage_bytes = tensor.untyped_storage().nbytes()
+        if tensor.numel() * tensor.element_size() > storage_bytes:
             raise WeightsError(
-                f"weights file {path}: {name} must be a dense CPU tensor, got {tensor.layout} on {tensor.device}"
+                f"{where} must store all its elements, got {tensor.numel():,} elements in {storage_bytes:,} bytes"
             )
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise WeightsError(
-                f"weights file {path}: {name} must store all its elements, got {tensor.numel():,} elements in "
-                f"{tensor.untyped_storage().nbytes():,} bytes"
-            )
+    used = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if used > MAX_SHARING * sum(stored.values()) + COPY_ALLOWANCE:
+        raise WeightsError(f"{source} must store every tensor, got {used:,} bytes in {sum(stored.values()):,}")
     return tensors
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _innermost(content: Any) -> dict[Any, Any]:
+    for key in ("state_dict", "model", "params"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    return content if isinstance(content, dict) else {}
 
 
 def state_dict_in(content: Any) -> dict[str, Any]:
     """Return the named entries of a file's content: the innermost mapping under "state_dict", "model" or "params", with
     DDP's "module." prefix removed. Content without a mapping has none."""
-    for key in ("state_dict", "model", "params"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    return {str(k).removeprefix("module."): v for k, v in content.items()} if isinstance(content, dict) else {}
+    return {str(k).removeprefix("module."): v for k, v in _innermost(content).items()}
 
 
 def error_summary(error: BaseException) -> str:
     """Return the informative line of an error; torch's long messages are mostly advice to load the file regardless."""
-    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [printable(line.strip(), 500) for line in str(error).splitlines()]
     informative = [line for line in lines if line and "weights_only" not in line and "Weights only load" not in line]
     if not informative:
         return type(error).__name__
@@ -130,23 +182,3 @@ def error_summary(error: BaseException) -> str:
     for advice in (" Please use", ". This is an internal miniz error"):
         summary = summary.partition(advice)[0]
     return summary
-
-
-def _reject_zip_bomb(path: Path) -> None:
-    with path.open("rb") as file:
-        starts_as_zip = file.read(4) == b"PK\x03\x04"  # torch's criterion
-        file.seek(max(0, path.stat().st_size - 22))
-        ends_as_zip = file.read(4) == b"PK\x05\x06"
-    if not starts_as_zip and not zipfile.is_zipfile(path):
-        return
-    # A comment after the directory can hide a second directory, and readers differ in which of the two they find.
-    if not ends_as_zip:
-        raise zipfile.BadZipFile("the archive does not end with its directory")
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-    size = path.stat().st_size
-    if unpacked > max(MAX_UNPACKED_BYTES, MAX_COMPRESSION_RATIO * size):
-        raise WeightsError(
-            f"weights file {path} was rejected: its {size:,} bytes would unpack to {unpacked:,}, "
-            "which is typical of a zip bomb"
-        )

@@ -1,62 +1,264 @@
-"""Unpickle data from untrusted sources without running anything in it.
+"""Read pickles from untrusted sources without running anything in them.
 
-A pickle can name any importable function and have it called. Here only the names in `ALLOWED_GLOBALS` are accepted, and
-none of them resolves to the real object: NumPy's functions are replaced by stand-ins that make plain arrays, and the
-classes that training programs leave in checkpoints (log buffers, command-line arguments) by `InertObject`, which is
-neither imported nor constructed. The sizes of memo, operations and copied data are bounded.
+A pickle is a program: it can name any importable function and have it called. Here its operations are interpreted by
+this file alone. They build plain containers; the names in `FUNCTIONS` stand for a few functions of this file, those in
+`INERT` for a stand-in without behaviour, and any other name is an error. Nothing is imported, and no container of the
+pickle is ever printed, hashed or compared: with shared parts, each of these could take time without end. The number of
+operations and of copied bytes is bounded.
 """
 
 from __future__ import annotations
 
-import pickle
 import pickletools
-import re
 from collections import OrderedDict
-from contextvars import ContextVar
-from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from collections.abc import Callable, Mapping
+from pickle import UnpicklingError
+from typing import Any, BinaryIO
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
-MAX_PICKLE_OPERATIONS = 5_000_000
-"""Operations, and memo size, of a bare pickle. A detector's has about ten thousand."""
+from detector.text import printable
+from detector.weights.pickle_names import (
+    ALLOWED_NAMES,
+    FUNCTIONS,
+    STORAGE_NAMES,
+    Budget,
+    EmptyArray,
+    InertObject,
+    Name,
+    NumpyDtype,
+    Storage,
+    StoredTensor,
+    checked_key,
+    excerpt,
+    is_whole,
+    numpy_array,
+    tensor_of,
+)
 
-copy_budget: ContextVar[int] = ContextVar("copy_budget")
-"""Bytes that the stand-ins may still copy: text stored once can be decoded a million times. Set it before reading."""
+MAX_PICKLE_OPERATIONS = 1_000_000
+"""Operations of one pickle, and the largest index of its memo. A detector's has about ten thousand."""
+
 _IN_PROGRESS = object()
+_MARK = object()
+_VALUES = {
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
+    "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
+    "BINBYTES8", "BYTEARRAY8",
+}  # fmt: skip
+"""Operations whose argument is the value."""
 
 
-def load_pickle(path: Path) -> Any:
-    """Read a bare pickle as tensors, plain containers and `InertObject` records. Set `copy_budget` first.
+def unpickle(file: BinaryIO, budget: Budget, *, storages: bool = False) -> Any:
+    """Read one pickle from a file as it stands in it, to be converted by `to_plain`.
+
+    Args:
+        file: positioned at the start of the pickle; afterwards, after its end.
+        budget: for copies.
+        storages: whether the pickle may refer to `Storage`s; otherwise all data is in it.
 
     Raises:
-        pickle.UnpicklingError: a name outside `ALLOWED_GLOBALS`, or a size beyond the limits; damaged files raise many
-            other errors.
+        UnpicklingError: a name outside the lists, an operation that makes no sense, or a size beyond the limits;
+            damaged files raise many other errors.
     """
-    with path.open("rb") as file:
-        _check_operations(file)
-        file.seek(0)
-        return to_plain(_RestrictedUnpickler(file, encoding="latin1").load())
+    machine = _Machine(budget, storages=storages)
+    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        if count > MAX_PICKLE_OPERATIONS:
+            raise UnpicklingError(f"it has more than {MAX_PICKLE_OPERATIONS:,} operations")
+        machine.step(operation.name, argument)
+    return machine.pop()
 
 
-def to_plain(content: Any, converted: dict[int, Any] | None = None) -> Any:
-    """Copy unpickled content into new dicts, lists and tuples, with tensors in place of arrays.
+class _Machine:
+    """Interprets the operations of a pickle, by their names in `pickletools`."""
 
-    The containers of a pickle can carry attributes that hide their methods; the copies cannot. Shared containers stay
-    shared.
+    def __init__(self, budget: Budget, *, storages: bool) -> None:
+        self.budget, self.storages = budget, storages
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def step(self, operation: str, argument: Any) -> None:
+        """Run one operation."""
+        push = self.stack.append
+        if operation in _VALUES:
+            push(argument)
+            return
+        match operation:
+            case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                self.remember(len(self.memo) if operation == "MEMOIZE" else argument)
+            case "GET" | "BINGET" | "LONG_BINGET":
+                push(self.memo[argument])
+            case "MARK":
+                push(_MARK)
+            case "POP":
+                self.stack.pop()
+            case "POP_MARK":
+                self.pop_to_mark()
+            case "DUP":
+                push(self.top())
+            case "NONE":
+                push(None)
+            case "NEWTRUE" | "NEWFALSE":
+                push(operation == "NEWTRUE")
+            case "EMPTY_LIST" | "LIST":
+                push([] if operation == "EMPTY_LIST" else self.pop_to_mark())
+            case "EMPTY_TUPLE" | "TUPLE":
+                push(() if operation == "EMPTY_TUPLE" else tuple(self.pop_to_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                items = [self.pop() for _ in range(int(operation[-1]))]
+                push(tuple(reversed(items)))
+            case "EMPTY_DICT":
+                push({})
+            case "DICT":
+                push(_with_items({}, self.pop_to_mark()))
+            case "EMPTY_SET" | "FROZENSET":
+                push(set() if operation == "EMPTY_SET" else set(map(checked_key, self.pop_to_mark())))
+            case "APPEND" | "APPENDS":
+                items = [self.pop()] if operation == "APPEND" else self.pop_to_mark()
+                self.extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = [self.pop(), self.pop()][::-1] if operation == "SETITEM" else self.pop_to_mark()
+                _with_items(self.top(), items)
+            case "ADDITEMS":
+                items = self.pop_to_mark()
+                if not isinstance(self.top(), set):
+                    raise ValueError(f"items must be added to a set, got {excerpt(self.top())}")
+                self.top().update(map(checked_key, items))
+            case "GLOBAL" | "STACK_GLOBAL":
+                module, name = argument.split(" ", 1) if operation == "GLOBAL" else [self.pop(), self.pop()][::-1]
+                push(_allowed(module, name))
+            case "REDUCE" | "NEWOBJ":
+                arguments, function = self.pop(), self.pop()
+                push(self.call(function, arguments))
+            case "NEWOBJ_EX":
+                _, arguments, function = self.pop(), self.pop(), self.pop()
+                push(self.call(function, arguments))
+            case "INST":
+                push(self.call(_allowed(*argument.split(" ", 1)), tuple(self.pop_to_mark())))
+            case "OBJ":
+                function, *items = self.pop_to_mark()
+                push(self.call(function, tuple(items)))
+            case "BUILD":
+                self.build(self.pop())
+            case "PERSID" | "BINPERSID":
+                push(self.storage(argument if operation == "PERSID" else self.pop()))
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case _:  # EXT1, NEXT_BUFFER, ...
+                raise UnpicklingError(f"it references data outside the file by {operation}")
+
+    def pop(self) -> Any:
+        """Take the last value."""
+        if not self.stack or self.stack[-1] is _MARK:
+            raise ValueError("an operation lacks a value")
+        return self.stack.pop()
+
+    def top(self) -> Any:
+        """The last value."""
+        value = self.pop()
+        self.stack.append(value)
+        return value
+
+    def pop_to_mark(self) -> list[Any]:
+        """Take all values after the last mark, and the mark."""
+        items = []
+        while self.stack and self.stack[-1] is not _MARK:
+            items.append(self.stack.pop())
+        if not self.stack:
+            raise ValueError("an operation lacks a mark")
+        self.stack.pop()
+        items.reverse()
+        return items
+
+    def extend(self, items: list[Any]) -> None:
+        """Append values to the list on the stack."""
+        target = self.top()
+        if isinstance(target, list):
+            target.extend(items)
+        elif not isinstance(target, InertObject):  # a list's subclass
+            raise ValueError(f"values must be appended to a list, got {excerpt(target)}")
+
+    def remember(self, index: int) -> None:
+        """Store the last value in the memo."""
+        if index > MAX_PICKLE_OPERATIONS:
+            raise UnpicklingError(f"it has more than {MAX_PICKLE_OPERATIONS:,} memo entries")
+        self.memo[index] = self.top()
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        """Call a stand-in."""
+        if not isinstance(function, Name) or function.text not in FUNCTIONS or not isinstance(arguments, tuple):
+            name = printable(function.text) if isinstance(function, Name) else excerpt(function)
+            raise UnpicklingError(f"it calls {name}, which is no function on the list of allowed names")
+        return FUNCTIONS[function.text](arguments, self.budget)
+
+    def build(self, state: Any) -> None:
+        """Set the state of the last value; attributes of containers and of inert objects are dropped."""
+        target = self.top()
+        if isinstance(target, EmptyArray):
+            _, shape, dtype, fortran, data = state
+            target.array = numpy_array(dtype, data, shape, self.budget, fortran=bool(fortran))
+        elif isinstance(target, NumpyDtype):
+            order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+            if not isinstance(order, str) or order not in ("<", ">", "|", "="):
+                raise UnpicklingError(f"the byte order of an array must be < or >, got {excerpt(order)}")
+            target.order = ">" if order == ">" else "<"
+        elif not isinstance(target, InertObject | OrderedDict):
+            raise ValueError(f"state must be set of an object, got {excerpt(target)}")
+
+    def storage(self, reference: Any) -> Storage:
+        """Check a reference to data outside the pickle."""
+        if not self.storages or not isinstance(reference, tuple) or len(reference) not in (5, 6):
+            raise UnpicklingError(f"it references data outside the file, {excerpt(reference)}")
+        tag, kind, key, _, numel, *view = reference
+        dtype = STORAGE_NAMES.get(kind.text) if isinstance(kind, Name) else None
+        wrong = not isinstance(tag, str) or tag != "storage" or dtype is None or not isinstance(key, str)
+        if wrong or not is_whole((numel,)) or any(part is not None for part in view):
+            raise UnpicklingError("it references data of an unknown kind")
+        assert dtype is not None
+        return Storage(key, dtype, numel)
+
+
+def _allowed(module: Any, name: Any) -> Name:
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise UnpicklingError(f"names must be text, got {excerpt(name)}")
+    module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
+    full_name = f"{module}.{name}"
+    if full_name not in ALLOWED_NAMES:
+        raise UnpicklingError(f"it references {printable(full_name)}, which is not on the list of allowed names")
+    return Name(full_name)
+
+
+def _with_items(target: Any, items: list[Any]) -> Any:
+    if len(items) % 2:
+        raise ValueError("a key lacks a value")
+    if isinstance(target, dict):
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[checked_key(key)] = value
+    elif not isinstance(target, InertObject):  # a dict's subclass
+        raise ValueError(f"items must be set in a dict, got {excerpt(target)}")
+    return target
+
+
+def to_plain(
+    content: Any, make_tensor: Callable[[StoredTensor], Tensor], converted: dict[int, Any] | None = None
+) -> Any:
+    """Copy unpickled content into plain dicts, lists and tuples, with tensors; shared containers stay shared.
+
+    Args:
+        content: the result of `unpickle`.
+        make_tensor: makes a tensor from its storage.
+        converted: results for parts of the content, by id.
 
     Raises:
-        RecursionError: a container contains itself.
+        RecursionError: a container contains itself, or is nested too deeply.
     """
     converted = {} if converted is None else converted
-    if isinstance(content, _NumpyArray):
+    if isinstance(content, StoredTensor):
+        return make_tensor(content)
+    if isinstance(content, EmptyArray):
         if content.array is None:
-            raise pickle.UnpicklingError("an array must be filled, got one without data")
-        dtype = content.array.dtype
-        wide_unsigned = dtype.kind == "u" and dtype.itemsize > 1  # hardly supported by torch
-        return torch.from_numpy(content.array.astype(np.int64) if wide_unsigned else content.array)
+            raise UnpicklingError("an array must be filled, got one without data")
+        return tensor_of(content.array)
     if not isinstance(content, dict | list) and type(content) is not tuple:
         return content
     if id(content) in converted:
@@ -65,166 +267,10 @@ def to_plain(content: Any, converted: dict[int, Any] | None = None) -> Any:
         return converted[id(content)]
     converted[id(content)] = _IN_PROGRESS
     plain: Any
-    if isinstance(content, dict):
-        plain = {key: to_plain(value, converted) for key, value in dict.items(content)}
+    if isinstance(content, Mapping):
+        plain = {key: to_plain(value, make_tensor, converted) for key, value in content.items()}
     else:
-        plain = [to_plain(value, converted) for value in content]
+        plain = [to_plain(value, make_tensor, converted) for value in content]
         plain = tuple(plain) if isinstance(content, tuple) else plain
     converted[id(content)] = plain
     return plain
-
-
-class _ImmutableClass(type):
-    """Metaclass of classes that a pickle can call but not modify."""
-
-    def __setattr__(cls, name: str, value: Any) -> NoReturn:
-        raise pickle.UnpicklingError(f"a pickle must not change classes, got an assignment to {cls.__name__}")
-
-
-class InertObject(metaclass=_ImmutableClass):
-    """Stand-in for an object of an allowed class: keeps the data stored with it and has no behaviour."""
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass  # the items of a dict subclass
-
-
-class _NumpyDtype(metaclass=_ImmutableClass):
-    """Stand-in for numpy.dtype; accepts plain numbers only."""
-
-    def __init__(self, code: Any, *_: Any) -> None:
-        if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?([iu][1248]|f[248]|b1)", code):
-            raise pickle.UnpicklingError(f"arrays must hold plain numbers, got dtype {_excerpt(code)}")
-        self.code = code.lstrip("<>|=")
-        self.order = "<"
-
-    def __setstate__(self, state: Any) -> None:
-        if state[1] not in ("<", ">", "|", "="):
-            raise pickle.UnpicklingError(f"the byte order of an array must be < or >, got {_excerpt(state[1])}")
-        self.order = ">" if state[1] == ">" else "<"
-
-    def array(self, data: Any, shape: Any, *, fortran: bool) -> NDArray[Any]:
-        if isinstance(data, str):  # Python 2 pickles store bytes as text
-            data = data.encode("latin1")
-        _charge(len(data))
-        flat = np.frombuffer(data, np.dtype(self.order + self.code))
-        array: NDArray[Any] = flat.reshape(tuple(shape), order="F" if fortran else "C")
-        return array.astype(array.dtype.newbyteorder("="), order="C")
-
-
-class _NumpyArray(metaclass=_ImmutableClass):
-    """Stand-in for numpy.ndarray and `_reconstruct`, which makes an empty one; `to_plain` converts it to a tensor."""
-
-    array: NDArray[Any] | None
-
-    def __init__(self, *_: Any) -> None:
-        self.array = None
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, fortran, data = state
-        if not isinstance(dtype, _NumpyDtype):
-            raise pickle.UnpicklingError(f"arrays must hold plain numbers, got dtype {_excerpt(dtype)}")
-        self.array = dtype.array(data, shape, fortran=bool(fortran))
-
-
-class _FromBuffer(metaclass=_ImmutableClass):
-    """Stand-in for numpy's `_frombuffer`: an array from bytes (protocol 5)."""
-
-    def __new__(cls, data: Any, dtype: Any, shape: Any, order: Any) -> Any:
-        array = _NumpyArray()
-        array.__setstate__((1, shape, dtype, order == "F", data))
-        return array
-
-
-class _Scalar(metaclass=_ImmutableClass):
-    """Stand-in for numpy's `scalar`: a single number."""
-
-    def __new__(cls, dtype: Any, data: Any) -> Any:
-        if not isinstance(dtype, _NumpyDtype):
-            raise pickle.UnpicklingError(f"a NumPy scalar must be a plain number, got dtype {_excerpt(dtype)}")
-        return dtype.array(data, (), fortran=False).item()
-
-
-class _CodecsEncode(metaclass=_ImmutableClass):
-    """Stand-in for `_codecs.encode`: old protocols store bytes as text."""
-
-    def __new__(cls, text: Any, encoding: Any = "latin1") -> Any:
-        if encoding != "latin1" or not isinstance(text, str):
-            raise pickle.UnpicklingError(f"bytes must be stored as latin1 text, got {_excerpt(encoding)}")
-        _charge(len(text))
-        return text.encode("latin1")
-
-
-class _EmptyBytes(metaclass=_ImmutableClass):
-    """Stand-in for `bytes`, which old protocols call for empty bytes only."""
-
-    def __new__(cls, *args: Any) -> Any:
-        if args:
-            raise pickle.UnpicklingError("bytes() must be called without arguments")
-        return b""
-
-
-ALLOWED_GLOBALS: dict[str, type] = {
-    **{
-        f"{core}.{name}": stand_in
-        for core in ("numpy.core", "numpy._core")
-        for name, stand_in in (
-            ("multiarray._reconstruct", _NumpyArray),
-            ("multiarray.scalar", _Scalar),
-            ("numeric._frombuffer", _FromBuffer),
-        )
-    },
-    "numpy.ndarray": _NumpyArray,
-    "numpy.dtype": _NumpyDtype,
-    "_codecs.encode": _CodecsEncode,
-    "builtins.getattr": InertObject,  # by which pickles refer to methods
-    "builtins.set": set,
-    "builtins.bytes": _EmptyBytes,
-    "argparse.Namespace": InertObject,  # torchvision's reference scripts
-    "mmengine.logging.history_buffer.HistoryBuffer": InertObject,
-    "mmengine.config.config.ConfigDict": InertObject,
-    "pathlib.PosixPath": InertObject,
-    "pathlib.WindowsPath": InertObject,
-}
-"""Full name -> stand-in: what a pickle may reference in addition to what torch itself allows."""
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Resolves `ALLOWED_GLOBALS` and OrderedDict, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
-        full_name = f"{module}.{name}"
-        if full_name == "collections.OrderedDict":
-            return OrderedDict
-        if full_name not in ALLOWED_GLOBALS:
-            raise pickle.UnpicklingError(f"it references {full_name}, which is not on the list of allowed names")
-        return ALLOWED_GLOBALS[full_name]
-
-    def persistent_load(self, pid: Any) -> NoReturn:
-        raise pickle.UnpicklingError(f"it references data outside the file, {_excerpt(pid)}")
-
-
-def _excerpt(value: Any) -> str:
-    """Text for an error message; the repr of small nested containers can be of unbounded length."""
-    return f"{value!r:.40}" if isinstance(value, str) else type(value).__name__
-
-
-def _charge(num_bytes: int) -> None:
-    copy_budget.set(copy_budget.get() - num_bytes)
-    if copy_budget.get() < 0:
-        raise pickle.UnpicklingError("it expands its data beyond the allowed size")
-
-
-def _check_operations(file: BinaryIO) -> None:
-    """Reject a pickle of a few bytes that requests unbounded memory through the index of a memo entry."""
-    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
-        memo_index = argument if "PUT" in operation.name and isinstance(argument, int) else 0
-        if max(count, memo_index) > MAX_PICKLE_OPERATIONS:
-            raise pickle.UnpicklingError(f"it has more than {MAX_PICKLE_OPERATIONS:,} operations or memo entries")

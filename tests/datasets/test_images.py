@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import socket
 import struct
 import zlib
 from collections.abc import Callable
@@ -17,11 +20,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from detector.datasets import image_budget
 from detector.datasets import images as images_module
 from detector.datasets.image_check import BAD, check_images
-from detector.datasets.images import decode_at_least, decode_image, read_header
+from detector.datasets.images import decode_at_least, decode_image, file_system_error, read_header
 from detector.datasets.store import FolderStore
-from detector.errors import ImageError
+from detector.errors import ImageError, RunError
 
 RNG = np.random.default_rng(0)
 
@@ -233,6 +237,197 @@ def test_images_beyond_the_limit_are_refused_and_large_ones_are_not(tmp_path: Pa
         decode_image(tmp_path / "bomb.png", apply_exif=False)
 
 
+@pytest.mark.parametrize(
+    ("mode", "num_bytes", "refused"),
+    [("RGB", 31_999, True), ("RGB", 32_001, False), ("1", 3_999, True), ("1", 4_001, False)],
+)
+def test_a_large_image_must_not_be_much_larger_than_its_file(
+    mode: str, num_bytes: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An animation of 50 bytes may declare a canvas that takes gigabytes."""
+    monkeypatch.setattr(image_budget, "CHEAP_PIXELS", 1_000_000)
+    monkeypatch.setattr(image_budget, "MAX_PIXELS", 10**9)
+    image = Image.new(mode, (8_000, 8_000))
+    if refused:
+        with pytest.raises(ImageError, match=rf"got 8,000 x 8,000 in {num_bytes:,} bytes"):
+            image_budget.require_few_pixels(image, num_bytes)
+    else:
+        image_budget.require_few_pixels(image, num_bytes)
+    image_budget.require_few_pixels(Image.new(mode, (1_000, 1_000)), 50)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_a_small_file_that_declares_a_huge_canvas_is_refused(tmp_path: Path, kind: str) -> None:
+    size = (16_383, 16_383)
+    if kind == "GIF":
+        small = io.BytesIO()
+        Image.new("P", (1, 1)).save(small, "GIF")
+        content = small.getvalue()[:6] + struct.pack("<HH", *size) + small.getvalue()[10:]
+    else:
+        bits = (size[0] - 1) | (size[1] - 1) << 14
+        frame = b"VP8L" + struct.pack("<I", 12) + b"\x2f" + struct.pack("<I", bits) + b"\x88\x88\x08\0\0\0\0"
+        content = b"RIFF" + struct.pack("<I", 4 + len(frame)) + b"WEBP" + frame
+    (tmp_path / "a").write_bytes(content)
+    for read in (read_header, lambda path: decode_image(path, apply_exif=False)):
+        with pytest.raises(ImageError, match="it may be damaged, or made to fill memory"):
+            read(tmp_path / "a")
+
+
+def test_an_image_larger_than_free_memory_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it left out as unusable, which would make results depend on the memory of the moment."""
+    monkeypatch.setattr(image_budget, "CHEAP_PIXELS", 100)
+    monkeypatch.setattr(image_budget, "free_memory", lambda: 10_000)
+    Image.fromarray(noise(40, 50, 3)).save(tmp_path / "a.png")
+    with pytest.raises(RunError, match=r"a\.png: decoding 50 x 40 pixels needs up to 0\.0 GB of memory"):
+        decode_image(tmp_path / "a.png", apply_exif=False)
+    with pytest.raises(RunError, match=r"a\.png: "):
+        check_images(FolderStore(tmp_path), ["a.png"], np.ones(1, bool), decode=True, progress=False)
+    assert read_header(tmp_path / "a.png").width == 50
+
+
+def with_more_scans(count: int, *, progressive: bool, size: tuple[int, int] = (400, 300)) -> bytes:
+    """A JPEG whose last scan is repeated."""
+    content = encoded(lambda b: Image.new("RGB", size, (10, 20, 30)).save(b, "JPEG", progressive=progressive))
+    start, end = content.rindex(b"\xff\xda"), content.rindex(b"\xff\xd9")
+    return content[:end] + content[start:end] * count + b"\xff\xd9"
+
+
+@pytest.mark.parametrize(("scans", "refused"), [(0, False), (480, False), (500, True), (20_000, True)])
+def test_a_jpeg_with_too_many_scans_is_refused(tmp_path: Path, scans: int, refused: bool) -> None:
+    (tmp_path / "a.jpg").write_bytes(with_more_scans(scans, progressive=True))
+    facts = check_images(FolderStore(tmp_path), ["a.jpg"], np.ones(1, bool), decode=True, progress=False)
+    if refused:
+        with pytest.raises(ImageError, match=rf"must have at most 500 scans, got {scans + 10:,}"):
+            decode_image(tmp_path / "a.jpg", apply_exif=False)
+        assert facts.status.tolist() == [BAD]
+    else:
+        assert decode_image(tmp_path / "a.jpg", apply_exif=False).shape == (300, 400, 3)
+
+
+def test_of_a_larger_jpeg_fewer_scans_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_budget, "MAX_SCANNED_PIXELS", 400 * 300 * 40)
+    for scans, refused in ((29, False), (31, True)):
+        (tmp_path / "a.jpg").write_bytes(with_more_scans(scans, progressive=True))
+        if refused:
+            with pytest.raises(ImageError, match="at most 40 scans, got 41"):
+                decode_image(tmp_path / "a.jpg", apply_exif=False)
+        else:
+            decode_image(tmp_path / "a.jpg", apply_exif=False)
+
+
+def test_bytes_behind_an_image_are_no_scans(tmp_path: Path) -> None:
+    """Cameras append videos."""
+    once = encoded(lambda b: Image.fromarray(noise(30, 40, 3)).save(b, "JPEG"))
+    (tmp_path / "a.jpg").write_bytes(once + b"\xff\xda" * 1000)
+    with Image.open(io.BytesIO(once)) as image:
+        np.testing.assert_array_equal(decode_image(tmp_path / "a.jpg", apply_exif=False), image.convert("RGB"))
+
+
+@pytest.mark.parametrize("repeats", [1, 200])
+def test_a_baseline_jpeg_of_separate_scans_is_counted(tmp_path: Path, repeats: int) -> None:
+    """A decoder reads all of them before it returns anything."""
+    grey = encoded(lambda b: Image.fromarray(noise(64, 64)).save(b, "JPEG"))
+    frame, scan = grey.index(b"\xff\xc0"), grey.index(b"\xff\xda")
+    channels = b"".join(bytes([channel, 0x11, 0]) for channel in (1, 2, 3))
+    content = grey[:frame] + b"\xff\xc0" + struct.pack(">HBHHB", 17, 8, 64, 64, 3) + channels
+    content += grey[frame + 13 : scan]  # the tables
+    for channel in [1, 2, 3] * repeats:
+        content += grey[scan : scan + 5] + bytes([channel]) + grey[scan + 6 : -2]
+    (tmp_path / "a.jpg").write_bytes(content + b"\xff\xd9")
+    if repeats == 1:
+        assert decode_image(tmp_path / "a.jpg", apply_exif=False).shape == (64, 64, 3)
+    else:
+        with pytest.raises(ImageError, match="must have at most 500 scans, got 600"):
+            decode_image(tmp_path / "a.jpg", apply_exif=False)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device", "loop", "long", "folder"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path, reason = tmp_path / "a.jpg", "is a pipe"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+        reason = "is a socket"
+    elif kind == "device":
+        path, reason = Path("/dev/zero"), "is a device"
+    elif kind == "loop":
+        path.symlink_to(path)
+        reason = "the link leads to itself"
+    elif kind == "long":
+        path, reason = tmp_path / ("a" * 5000), "use a shorter path"
+    else:
+        path.mkdir()
+        reason = "is a folder"
+    for read in (read_header, lambda path: decode_image(path, apply_exif=False)):
+        with pytest.raises(ImageError, match=reason) as raised:
+            read(path)
+        assert len(str(raised.value)) < 1500
+    store = FolderStore(path.parent)
+    for decode in (False, True):
+        facts = check_images(store, [path.name], np.ones(1, bool), decode=decode, progress=False)
+        assert facts.status.tolist() == [BAD]
+        assert reason in facts.reasons[0]
+
+
+@pytest.mark.parametrize("name", ["a\0b.jpg", "a\ud800.jpg"])
+def test_a_name_that_no_file_can_have_is_an_image_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ImageError, match="no file can have this name") as raised:
+        decode_image(tmp_path / name, apply_exif=False)
+    assert str(raised.value).isprintable()
+    facts = check_images(FolderStore(tmp_path), [name], np.ones(1, bool), decode=True, progress=False)
+    assert facts.status.tolist() == [BAD]
+
+
+def test_names_in_messages_are_printable(tmp_path: Path) -> None:
+    path = tmp_path / "\x1b]0;title\x07\n.jpg"
+    path.write_bytes(b"no image")
+    with pytest.raises(ImageError, match="is no image of a known format") as raised:
+        decode_image(path, apply_exif=False)
+    assert str(raised.value).isprintable()
+
+
+def test_an_error_of_the_file_system_is_told_from_one_of_a_decoder(tmp_path: Path) -> None:
+    (tmp_path / "cut.png").write_bytes(WHOLE[1][:300])
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name, errno_of in (("absent.png", errno.ENOENT), ("cut.png", None), ("empty.png", None)):
+        with pytest.raises(ImageError) as raised:
+            decode_image(tmp_path / name, apply_exif=False)
+        found = file_system_error(raised.value)
+        assert (found.errno if found is not None else None) == errno_of
+
+
+class FailingFile(io.BytesIO):
+    """A file on a disk that fails after a while."""
+
+    left = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read(size)
+
+
+@pytest.mark.parametrize("suffix", ["JPEG", "PNG"])
+def test_a_read_that_fails_is_no_damaged_image(suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = WHOLE[["JPEG", "PNG"].index(suffix)]
+    counting = FailingFile(content)
+    counting.left = 1000
+    monkeypatch.setattr(FolderStore, "open", lambda *_: counting)
+    decode_image(Path("a"), apply_exif=False)
+    for reads in range(1000 - counting.left):
+        failing = FailingFile(content)
+        failing.left = reads
+        monkeypatch.setattr(FolderStore, "open", lambda *_, file=failing: file)
+        with pytest.raises(ImageError, match="the disk or the network file system has a fault") as raised:
+            decode_image(Path("a"), apply_exif=False)
+        found = file_system_error(raised.value)
+        assert found is not None
+        assert found.errno == errno.EIO
+
+
 def encoded(save: Callable[[io.BytesIO], None]) -> bytes:
     buffer = io.BytesIO()
     save(buffer)
@@ -256,7 +451,7 @@ def test_damaged_files_give_pixels_or_an_image_error_and_nothing_else(
         damaged[int(place * min(len(damaged), 400))] = value
     (tmp_path / "a").write_bytes(damaged)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images_module, "MAX_PIXELS", 1_000_000)  # a damaged header may promise any size
+        patch.setattr(image_budget, "MAX_PIXELS", 1_000_000)  # a damaged header may promise any size
         try:
             pixels = decode_image(tmp_path / "a", apply_exif=True)
         except ImageError:

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import Tensor
 from detector.datasets.augment import Augmentation
 from detector.datasets.coco import CocoDataset
 from detector.datasets.loader import DetectionDataset, Sample, build_loader, collate, to_device, unreadable_images
-from detector.datasets.loader import _end_workers as end_workers
 from detector.datasets.objects import NO_OBJECTS
 from detector.datasets.opening import read_coco
 from detector.datasets.sampling import SampleKey, StepPlanner, TrainSampler
+from detector.datasets.worker_process import send
+from detector.datasets.workers import end_workers
 from detector.errors import ImageError
 from detector.structures import Batch, Targets
 from tests.tiny import REPO, images_of, write_coco
@@ -64,16 +66,21 @@ def assert_equal(some: list[Batch], others: list[Batch]) -> None:
             assert torch.equal(a, b)
 
 
-def test_a_worker_collates_images_in_memory_that_it_shares_with_the_main_process(
-    coco: CocoDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_a_worker_sends_arrives_unchanged_and_uses_no_shared_tensors(coco: CocoDataset) -> None:
+    """torch would share every tensor through a file in /dev/shm, which is small in containers."""
     dataset = DetectionDataset(coco, max_size=96)
     samples = [dataset[key(0)], dataset[key(1)]]
-    alone = collate(samples).images
-    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: True)
-    assert not alone.untyped_storage().is_shared()
-    assert collate(samples).images.untyped_storage().is_shared()
-    assert torch.equal(collate(samples).images, alone)
+    sent = send(samples, collate=collate)
+    if sys.platform == "linux":
+        assert not isinstance(sent, Batch)
+        received = pickle.loads(reduction.ForkingPickler.dumps(sent))
+        assert isinstance(received, Batch)
+        assert not received.images.is_shared()
+    else:
+        received = sent
+    assert_equal([received], [collate(samples)])
+    assert received.images.is_contiguous(memory_format=torch.channels_last)
+    assert isinstance(received.targets, Targets)
 
 
 def test_the_number_of_workers_does_not_change_a_batch(coco: CocoDataset) -> None:

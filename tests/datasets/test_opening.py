@@ -125,5 +125,5 @@ def test_each_split_has_its_own_list_of_problems(tmp_path: Path, splits: TinyDat
 def test_many_differing_class_names_are_listed_up_to_a_limit(tmp_path: Path, splits: TinyData) -> None:
     training = read_coco(splits.train, None, progress=False).categories
     edit(splits.val, lambda content: content["categories"].extend({"id": k, "name": f"n{k}"} for k in range(100, 160)))
-    with pytest.raises(DatasetError, match=r"\.\.\. and 20 more"):
+    with pytest.raises(DatasetError, match=r"\n  and \d+ more\n"):
         read_coco(splits.val, None, categories=training, progress=False)

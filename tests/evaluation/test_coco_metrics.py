@@ -443,10 +443,10 @@ GOOD = {"image_id": 4, "category_id": 7, "bbox": [1, 2, 3, 4.5], "score": 0.5}
     [
         ("", ["must be JSON", "written completely"]),
         ("[{", ["must be JSON"]),
-        ('{"images": [], "annotations": []}', ["must be a COCO results file", "['images', 'annotations']"]),
+        ('{"images": [], "annotations": []}', ["must be a COCO results file", "the keys 'images', 'annotations'"]),
         ("3", ["must be a COCO results file", "got 3"]),
         ([GOOD, 5], ["not an object, 1 times: 5 (result 1)"]),
-        ([{"image_id": 4, "score": 1}], ["keys missing, 1 times: category_id bbox (result 0)"]),
+        ([{"image_id": 4, "score": 1}], ['keys missing, 1 times: ["category_id", "bbox"] (result 0)']),
         (
             [{**GOOD, "image_id": 99}] * 5,
             ["image_id unknown, 5 times: 99 (result 0), 99", "4 images with ids 0, 4, 11"],
@@ -463,7 +463,7 @@ GOOD = {"image_id": 4, "category_id": 7, "bbox": [1, 2, 3, 4.5], "score": 0.5}
         ([{**GOOD, "category_id": 1.5}], ["category_id not an integer"]),
         ([{**GOOD, "score": math.nan}], ["score not finite, 1 times: nan"]),
         ([{**GOOD, "score": 10**400}], ["score not finite"]),
-        ([{**GOOD, "score": None}], ["score not finite, 1 times: None"]),
+        ([{**GOOD, "score": None}], ["score not finite, 1 times: null"]),
         ([{**GOOD, "score": True}, {**GOOD, "bbox": [1, 2, 3, False]}], ["score not finite, 1", "bbox not finite, 1"]),
         ([{**GOOD, "bbox": [1, 2, 3]}], ["bbox not four numbers, 1 times: [1, 2, 3]"]),
         ([{**GOOD, "bbox": [1, 2, 3, "4"]}], ["bbox not four numbers"]),

@@ -369,7 +369,7 @@ def test_a_folder_with_another_study_is_rejected(recipe: Path, commands: Command
     sweep(grid(recipe, "0"), out, commands=commands)
     with pytest.raises(
         RunError,
-        match=r"must hold the same study, got another one:\n  space.loss.gamma: \['0'\] there, \['0', '2'\] now",
+        match=r"must hold the same study, got another one:\n  space.loss.gamma: \[\"0\"\] there, \[\"0\", \"2\"\] now",
     ):
         sweep(grid(recipe, "0", "2"), out, commands=commands)
 

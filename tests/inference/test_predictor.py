@@ -16,7 +16,8 @@ from PIL import Image
 from detector.checkpoint import load_checkpoint
 from detector.errors import ConfigError, ImageError, InputError
 from detector.inference.image_files import find_images
-from detector.inference.predictor import Predictor, load_predictor, predict_files
+from detector.inference.predictions import predict_files
+from detector.inference.predictor import Predictor, load_predictor
 from detector.structures import Detections
 from detector.training.train import train
 from tests.conftest import Run
@@ -82,7 +83,8 @@ def test_detections_json_keeps_its_contract(whole: Run, images: Path, tmp_path: 
     assert {r["category_id"] for r in found} <= {3, 7, 90}, "the checkpoint's ids"
     files = [str(images / name) for name in ("a/deep/y.PNG", "a/x.png", "b/x.png")]
     for record in found:
-        assert list(record) == ["image_id", "category_id", "bbox", "score", "file_name"]
+        assert list(record) == ["image_id", "category_id", "bbox", "score", "file_name", "category_name"]
+        assert record["category_name"] == {3: "disc", 7: "square", 90: "bar"}[record["category_id"]]
         assert record["file_name"] == files[record["image_id"]]
         assert 0 < record["score"] < 1
     predictor = load_predictor(whole.out / "checkpoints" / "best.pt", device=torch.device("cpu"), score_thresh=0.0)

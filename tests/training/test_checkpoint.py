@@ -83,7 +83,7 @@ def test_a_checkpoint_is_flushed_to_disk_before_it_is_renamed(tmp_path: Path, mo
     monkeypatch.setattr(os, "fsync", recorded("flushed", os.fsync))
     monkeypatch.setattr(Path, "replace", recorded("renamed", Path.replace))
     save_checkpoint(state(), tmp_path / "a.pt")
-    assert calls == ["flushed", "renamed"]
+    assert calls == ["flushed", "renamed", "flushed"], "the file, then its folder, which holds the new name"
 
 
 def test_the_next_save_replaces_the_partial_file_of_a_killed_process(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models import resnet18
 
+from detector.atomic import read_json
 from detector.config_yaml import load_config
 from detector.datasets.loader import DetectionDataset, collate
 from detector.datasets.opening import read_coco
@@ -307,7 +308,7 @@ def test_with_batch_norm_two_processes_score_the_model_that_they_save(data: Tiny
     settings = {"model__norm": "bn", "model__head": {"depth": 1}, "postprocess__score_thresh": 0.0}
     config = write_config(tmp_path / "c.yaml", data, train__epochs=8, optim__lr=0.02, eval__every_epochs=8, **settings)
     run_in_processes(config, tmp_path / "two", tmp_path / "log")
-    written = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    written = read_json(tmp_path / "two" / "metrics.json")
     scored = score_checkpoint(
         load_config(config), tmp_path / "two/checkpoints/best.pt", split="val", output_dir=tmp_path / "scored"
     ).to_json()

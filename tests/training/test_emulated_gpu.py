@@ -36,7 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 MAY_WAIT = {
-    "LogWindow.record", "LogWindow.require_finite", "Run.save",  # to log, to save
+    "LogWindow.record", "NonfiniteSteps.notice", "Run.save",  # to log, to save
     "first_loss_check",  # once
     "ClassLoss.forward",  # OHEM and bootstrapping choose examples image by image
 }  # fmt: skip

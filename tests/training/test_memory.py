@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from detector.memory import keep_freed_memory as keep_freed_memory_here
 from detector.models import build_model
 from detector.training import image_cache
 from detector.training import micro_batch as memory
+from detector.training.setup import build_learner
 from detector.training.train import train
 from tests.conftest import Run
 from tests.tiny import TinyData, differing, last_checkpoint, records, tiny_config
@@ -75,7 +77,7 @@ def test_a_resumed_run_keeps_to_what_was_found(data: TinyData, tmp_path: Path, m
     """Though there is room for more now: the sums must be those of the run that it continues."""
     monkeypatch.setattr(memory, "peak_of", None)
     config = tiny_config(tmp_path, data, **SHORT, train__micro_batch="auto")
-    state: Any = SimpleNamespace(micro_batch=3)
+    state: Any = SimpleNamespace(micro_batch=3, fitting_micro_batch=None)
     log: Any = SimpleNamespace(info=print)
     planner: Any = SimpleNamespace(largest_canvas=lambda: (96, 96))
     nothing: Any = None
@@ -176,7 +178,7 @@ def test_evaluation_takes_no_more_images_at_once_than_training(
 def test_a_run_may_resume_with_smaller_micro_batches_and_warns(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As the out-of-memory message suggests."""
+    """As the out-of-memory message of several processes suggests, which cannot repeat the step by themselves."""
     forward, steps = RetinaNetLoss.forward, []
 
     def full(*arguments: Any, **named: Any) -> Any:
@@ -185,13 +187,18 @@ def test_a_run_may_resume_with_smaller_micro_batches_and_warns(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*arguments, **named)
 
+    def built(*arguments: Any, **named: Any) -> Any:
+        return replace(build_learner(*arguments, **named), processes=2)
+
     monkeypatch.setattr(RetinaNetLoss, "forward", full)
+    monkeypatch.setattr("detector.training.run.build_learner", built)
     config = tiny_config(tmp_path, data, **SHORT, train__checkpoint_every_steps=1)
     with pytest.raises(
         RunError,
         match=r"out of memory at step 3: .*set train\.micro_batch=2, .*with --resume auto; or in a new run data",
     ):
         train(config, tmp_path / "out")
+    monkeypatch.undo()
     train(load_config(tmp_path / "tiny.yaml", ["train.micro_batch=1"]), tmp_path / "out", resume="auto")
     printed = capsys.readouterr()
     assert "train.micro_batch was None, is 1: sums round differently" in printed.out + printed.err

@@ -278,8 +278,9 @@ def test_a_head_with_distributions_and_quality_trains_and_improves() -> None:
     learner = learner_of(model, loss, clip_grad_norm=5.0)
     history = []
     for step in range(8):
-        history.append(float(train_step(learner, [batch_of(2)]).loss_box))
-        optimizer_step(learner, step=step + 1)
+        result = train_step(learner, [batch_of(2)])
+        history.append(float(result.loss_box))
+        optimizer_step(learner, result, step=step + 1)
     assert history[-1] < 0.9 * history[0]
 
 

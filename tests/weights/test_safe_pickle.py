@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detector.errors import WeightsError
-from detector.weights import safe_pickle
+from detector.weights import pickle_names, safe_pickle
+from detector.weights.pickle_names import InertObject
 from detector.weights.safe_load import read_content, read_tensors
-from detector.weights.safe_pickle import InertObject
 from tests.weights.test_safe_load import some_tensors
 
 ARRAYS: dict[str, NDArray[Any]] = {
@@ -128,8 +128,12 @@ def test_the_standard_unpickler_runs_the_same_pickles(tmp_path: Path) -> None:
     assert (tmp_path / "ran").is_dir()
 
 
+CONTAINERS = ("DTYPES", "STORAGE_NAMES")
+
+
 def test_a_pickle_cannot_change_the_stand_ins(tmp_path: Path) -> None:
-    before = {name: dict(vars(stand_in)) for name, stand_in in safe_pickle.ALLOWED_GLOBALS.items()}
+    before = dict(pickle_names.FUNCTIONS), {name: dict(vars(pickle_names)[name]) for name in CONTAINERS}
+    attributes = {kind: dict(vars(kind)) for kind in (pickle_names.EmptyArray, pickle_names.NumpyDtype, InertObject)}
     for number, attribute in enumerate([b"__setstate__", b"__new__", b"array", b"anything"]):
         for name in (
             b"numpy\nndarray",
@@ -144,7 +148,8 @@ def test_a_pickle_cannot_change_the_stand_ins(tmp_path: Path) -> None:
             path.write_bytes(b"c" + name + b"\n(dS'" + attribute + b"'\nNsb.")
             with pytest.raises(WeightsError):
                 read_content(path)
-    assert before == {name: dict(vars(stand_in)) for name, stand_in in safe_pickle.ALLOWED_GLOBALS.items()}
+    assert before == (dict(pickle_names.FUNCTIONS), {name: dict(vars(pickle_names)[name]) for name in CONTAINERS})
+    assert attributes == {kind: dict(vars(kind)) for kind in attributes}
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import io
 import json
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def _our_seconds(annotations: Path, size: tuple[int, int], workers: int, batch: 
 
 def our_loader(
     annotations: Path, size: tuple[int, int], workers: int, batch: int, *, cached: bool = False, epochs: int = 2
-) -> tuple[DataLoader[Batch], int]:
+) -> tuple[Iterable[Batch], int]:
     """Build the loader of a training with some epochs, two more steps per worker and one more.
 
     Returns:

@@ -49,8 +49,7 @@ class OurStep:
 
     def __call__(self, batch: Batch) -> None:
         """Run the whole step."""
-        self.losses(batch)
-        optimizer_step(self.learner, step=1)
+        optimizer_step(self.learner, train_step(self.learner, [batch]), step=1)
 
 
 class PeerStep:
