@@ -74,7 +74,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         number, host, pid = 0, socket.gethostname(), os.getpid()
-        with contextlib.suppress(RuntimeError):  # the store is gone; others notice the silence
+        with contextlib.suppress(RuntimeError):  # the store has ended; others notice the silence
             store = connect()
             while True:
                 seconds = round(time.monotonic() - self._since, 1)
@@ -124,10 +124,10 @@ class Heartbeat:
             time.sleep(3 * INTERVAL)
             now = self._beats(self._answering_store())
         except (RuntimeError, OSError):
-            return f"rank 0 of {self.world_size} {_GONE}"
+            return f"rank 0 of {self.world_size} {_SILENT}"
         silent = [r for r in now if r != self.rank and (now[r] is None or now[r] == before[r])]
         if silent:
-            return f"{self._name(silent[0], now[silent[0]])} {_GONE}{_doing(now[silent[0]])}"
+            return f"{self._name(silent[0], now[silent[0]])} {_SILENT}{_doing(now[silent[0]])}"
         beats = {r: beat for r, beat in now.items() if beat is not None}
         behind = [r for r in beats if beats[r].progress < max(b.progress for b in beats.values())]
         behind = behind or [r for r in beats if not beats[r].is_waiting]
@@ -156,7 +156,7 @@ class Heartbeat:
         return f"rank {rank} of {self.world_size}{where}"
 
 
-_GONE = (
+_SILENT = (
     "does not answer: it was killed (by the system, if memory was full), is stopped, its machine cannot be reached, or "
     "it ended with an error of its own, which its output states"
 )

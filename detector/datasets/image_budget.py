@@ -13,7 +13,6 @@ from typing import BinaryIO
 from PIL import Image
 
 from detector.errors import ImageError, RunError
-from detector.memory import free_memory
 
 MAX_PIXELS = 1_000_000_000
 """Largest image that is decoded: 3 GB as RGB. A file whose header declares more is refused."""
@@ -68,6 +67,8 @@ def require_memory(image: Image.Image) -> None:
     pixels = image.width * image.height
     if pixels <= CHEAP_PIXELS:
         return
+    from detector.memory import free_memory  # it imports torch, which commands without images should not wait for
+
     needed, free = 8 * pixels, free_memory()  # at most 1 as stored, 4 as Pillow keeps RGB, 3 as an array
     if free is not None and needed > free:
         raise RunError(

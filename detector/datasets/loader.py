@@ -44,7 +44,7 @@ DECODED_SIZE = 0
 """The cache's key for images of their original size; the other keys are short sides."""
 
 RETRY_PAUSES = (0.5, 2.0)
-"""Seconds between the tries to read an image whose file system fails, for a network that is gone for a moment."""
+"""Seconds between the tries to read an image whose file system fails, for a network that is away for a moment."""
 
 MAX_RETRIES_IN_VAIN = 8
 """After as many images that could not be read at any try, a process no longer pauses."""

@@ -266,7 +266,7 @@ def _save_drawing(
         shrunk = -(-max(drawn.size) // MAX_JPEG_SIDE)
         if shrunk > 1:
             drawn = drawn.reduce(shrunk)
-        encoded = io.BytesIO()  # because Pillow's errors of writing to a file do not tell a full disk
+        encoded = io.BytesIO()  # because Pillow's errors of writing to a file do not name a full disk
         drawn.save(encoded, "JPEG", quality=92)
         with atomic_file(path, durable=False) as file:
             file.write(encoded.getbuffer())

@@ -45,9 +45,11 @@ def resolve_micro_batch(
         RunError: not even one image fits.
         ConfigError: the processes exchange statistics in every forward pass, so that none can measure alone.
     """
-    wanted = config.train.micro_batch
+    wanted, fitting = config.train.micro_batch, state.fitting_micro_batch
+    if fitting is not None:
+        log.info(f"at most {fitting} image{'s' * (fitting > 1)} in each forward pass, since a step ran out of memory")
     if wanted != "auto":
-        return _no_more_than_fits(wanted, state, log)
+        return wanted
     world, norm = distributed.world_size(), config.model.norm
     if norm == "sync_bn" and world > 1:
         raise ConfigError(
@@ -73,16 +75,7 @@ def resolve_micro_batch(
         log.info(f"the {share} images of a step are processed in {parts} micro-batches; the update is that of all")
         if norm in ("bn", "sync_bn"):
             log.warn(f"model.norm {norm} computes its statistics over {-(-share // parts)} images, not {share}")
-    return _no_more_than_fits(micro_batch, state, log)
-
-
-def _no_more_than_fits(micro_batch: int | None, state: TrainState, log: RunLog) -> int | None:
-    """Reduce a micro-batch to what fitted when a step of an earlier session ran out of memory."""
-    fitting = state.fitting_micro_batch
-    if fitting is None or (micro_batch is not None and micro_batch <= fitting):
-        return micro_batch
-    log.info(f"micro-batches have at most {fitting} image{'s' * (fitting > 1)}, as since a step ran out of memory")
-    return fitting
+    return micro_batch
 
 
 def _largest_that_fits(

@@ -276,7 +276,7 @@ def test_a_small_file_that_declares_a_huge_canvas_is_refused(tmp_path: Path, kin
 def test_an_image_larger_than_free_memory_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is it left out as unusable, which would make results depend on the memory of the moment."""
     monkeypatch.setattr(image_budget, "CHEAP_PIXELS", 100)
-    monkeypatch.setattr(image_budget, "free_memory", lambda: 10_000)
+    monkeypatch.setattr("detector.memory.free_memory", lambda: 10_000)
     Image.fromarray(noise(40, 50, 3)).save(tmp_path / "a.png")
     with pytest.raises(RunError, match=r"a\.png: decoding 50 x 40 pixels needs up to 0\.0 GB of memory"):
         decode_image(tmp_path / "a.png", apply_exif=False)
@@ -388,7 +388,7 @@ def test_names_in_messages_are_printable(tmp_path: Path) -> None:
     assert str(raised.value).isprintable()
 
 
-def test_an_error_of_the_file_system_is_told_from_one_of_a_decoder(tmp_path: Path) -> None:
+def test_an_error_of_the_file_system_is_distinguished_from_one_of_a_decoder(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(WHOLE[1][:300])
     (tmp_path / "empty.png").write_bytes(b"")
     for name, errno_of in (("absent.png", errno.ENOENT), ("cut.png", None), ("empty.png", None)):

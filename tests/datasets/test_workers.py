@@ -234,7 +234,7 @@ def test_a_file_that_stays_unreadable_is_tried_three_times(
 
 
 def test_an_image_that_was_reported_is_not_waited_for_again(annotations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor are others, once many were waited for in vain: a folder that is gone would cost 2.5 s per image."""
+    """Nor are others, once many were waited for in vain: a missing folder would cost 2.5 s per image."""
     pauses: list[float] = []
     monkeypatch.setattr(loader_module.time, "sleep", pauses.append)  # type: ignore[attr-defined]
     coco = odd(annotations, "missing")

@@ -80,9 +80,6 @@ def _coco(rng: random.Random) -> dict[str, Any]:
     content: dict[str, Any] = {"images": images, "annotations": annotations, "categories": categories}
     if rng.random() < 0.3:
         content["info"], content["licenses"] = {"year": 2017}, [{"id": 1, "name": "x"}]
-    _change_boxes(rng, content)
-    for _ in range(rng.choice([0, 0, 1, 2])):
-        _change_field(rng, content)
     items = list(content.items())
     rng.shuffle(items)
     return dict(items)
@@ -153,7 +150,12 @@ def _results(rng: random.Random, content: dict[str, Any]) -> list[dict[str, Any]
 def make(rng: random.Random, folder: Path) -> Path:
     """An annotation file, or a valid one and a results file, and how to use it."""
     content = _coco(rng)
+    classes = [category["name"] for category in content["categories"]]
     mode = rng.choice(["read"] * 7 + ["results"] * 2 + ["split", "folds"])
+    if mode != "results":
+        _change_boxes(rng, content)
+        for _ in range(rng.choice([0, 0, 1, 2])):
+            _change_field(rng, content)
     target: Any = _results(rng, content) if mode == "results" else content
     if rng.random() < 0.08:
         target = _other_format(rng, content)
@@ -170,7 +172,7 @@ def make(rng: random.Random, folder: Path) -> Path:
         "mode": mode, "verify": rng.choice(["auto", "none", "header"]), "on_error": rng.choice(["fail", "skip"]),
         "exif": rng.choice(["auto", "auto", "auto", "apply", "ignore"]),
         "images": rng.choice([None, None, "images", "images", "images", "images", "imagse", "", "images/0.png"]),
-        "classes": [c["name"] for c in content["categories"]] if rng.random() < 0.3 else None,
+        "classes": classes if rng.random() < 0.3 else None,
     }  # fmt: skip
     (folder / "options.json").write_text(json.dumps(options))
     return folder / ("file.json" if rng.random() < 0.98 else "flie.json")

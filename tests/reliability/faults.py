@@ -52,7 +52,7 @@ def faulty_disk(disk: FaultyDisk) -> Iterator[FaultyDisk]:
     class Raw(io.FileIO):
         def write(self, data: Any) -> int:
             disk.check(str(self.name))
-            return super().write(data)  # type: ignore[return-value]
+            return super().write(data)
 
     real = builtins.open
 

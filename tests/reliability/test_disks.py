@@ -1,4 +1,4 @@
-"""Full disks and I/O errors: training goes on or ends with one error, and what was safe before stays safe."""
+"""Full disks and I/O errors: training continues or ends with one error, and what was safe before stays safe."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def writes_of(part: str, whole: Run, folder: Path) -> int:
 
 @pytest.mark.parametrize("number", [FULL, IO_ERROR])
 @pytest.mark.parametrize("part", ["metrics.jsonl", "tfevents"])
-def test_logs_that_cannot_be_written_are_a_warning_and_training_goes_on(
+def test_logs_that_cannot_be_written_are_a_warning_and_training_continues(
     part: str, number: int, whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -156,7 +156,7 @@ def test_a_disk_that_others_fill_keeps_the_last_checkpoint(
         assert_as_left_alone(out, whole)
 
 
-def test_a_removed_run_folder_is_written_anew(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removed_run_folder_is_written_again(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     save_last = checkpoints_module.save_last
 

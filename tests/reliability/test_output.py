@@ -119,7 +119,7 @@ def test_an_error_of_the_operating_system_is_one_line_with_a_remedy(
     )
 
 
-def test_a_training_whose_terminal_closes_goes_on_to_its_end(whole: Run, tmp_path: Path) -> None:
+def test_a_training_whose_terminal_closes_continues_to_its_end(whole: Run, tmp_path: Path) -> None:
     """As `train.py | head -1`."""
     code = f"import sys; sys.argv[1:] = ['--config', '{whole.config}', '--output-dir', '{tmp_path}/run']\n"
     code += "from tests.tiny import SHORT\nfrom detector.models.resnet import ARCHITECTURES\n"
@@ -139,7 +139,8 @@ def test_a_training_whose_terminal_closes_goes_on_to_its_end(whole: Run, tmp_pat
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_each_signal_saves_and_prints_how_to_resume(signum: signal.Signals, whole: Run, tmp_path: Path) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
-    process = start_tool("train", ["--config", str(whole.config), "--output-dir", str(out)], log)
+    argv = ["--config", str(whole.config), "--output-dir", str(out), "train.epochs=500"]
+    process = start_tool("train", argv, log)
     wait_for(lambda: (out / "metrics.jsonl").exists() and bool(records(out)), process, log)
     assert process.pid is not None
     os.kill(process.pid, signum)

@@ -339,7 +339,11 @@ def interrupt_before(patch: pytest.MonkeyPatch, *, step: int) -> None:
 
 @pytest.mark.parametrize("micro_batch", [None, 4, "auto"])
 def test_a_resumed_run_keeps_to_the_parts_that_fitted(
-    micro_batch: int | str | None, data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    micro_batch: int | str | None,
+    data: TinyData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = tiny_config(tmp_path, data, **{**QUICK, "train__batch_size": 4, "train__micro_batch": micro_batch})
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
@@ -349,7 +353,9 @@ def test_a_resumed_run_keeps_to_the_parts_that_fitted(
     assert last_checkpoint(tmp_path / "run").fitting_micro_batch == 2
     with monkeypatch.context() as patch:
         sizes = out_of_memory_beyond(2, patch, from_step=0)
+        capsys.readouterr()
         train(config, tmp_path / "run", resume="auto")
+    assert "at most 2 images in each forward pass, since a step ran out of memory" in capsys.readouterr().out
     assert sizes == [2, 2], "the last of the three steps"
     assert last_checkpoint(tmp_path / "run").fitting_micro_batch == 2
 
