@@ -57,7 +57,7 @@ class OnGpu(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A file contains ordinary tensors."""
         with torch._C.DisableTorchFunction():
-            return self.as_subclass(Tensor).__reduce_ex__(protocol)
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 class TwoDevicesError(AssertionError):

@@ -45,17 +45,17 @@ def resolve_micro_batch(
         RunError: not even one image fits.
         ConfigError: the processes exchange statistics in every forward pass, so that none can measure alone.
     """
-    wanted, fitting = config.train.micro_batch, state.fitting_micro_batch
-    if fitting is not None:
-        log.info(f"at most {fitting} image{'s' * (fitting > 1)} in each forward pass, since a step ran out of memory")
-    if wanted != "auto":
-        return wanted
-    world, norm = distributed.world_size(), config.model.norm
-    if norm == "sync_bn" and world > 1:
+    wanted, world, norm = config.train.micro_batch, distributed.world_size(), config.model.norm
+    if wanted == "auto" and norm == "sync_bn" and world > 1:
         raise ConfigError(
             f"train.micro_batch must be a number with model.norm sync_bn in {world} processes, got auto: they exchange "
             "statistics in every forward pass, so none can measure its memory alone"
         )
+    fitting = state.fitting_micro_batch
+    if fitting is not None:
+        log.info(f"at most {fitting} image{'s' * (fitting > 1)} in each forward pass, since a step ran out of memory")
+    if wanted != "auto":
+        return wanted
     share = -(-config.train.batch_size // world)
     canvas = planner.largest_canvas()
     if state.micro_batch is None:

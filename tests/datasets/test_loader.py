@@ -75,7 +75,7 @@ def test_a_batch_that_a_worker_sends_arrives_unchanged_and_uses_no_shared_tensor
         assert not isinstance(sent, Batch)
         received = pickle.loads(reduction.ForkingPickler.dumps(sent))
         assert isinstance(received, Batch)
-        assert not received.images.is_shared()
+        assert not received.images.is_shared()  # type: ignore[no-untyped-call]
     else:
         received = sent
     assert_equal([received], [collate(samples)])
@@ -219,8 +219,9 @@ def test_a_filler_is_black_and_ignored_everywhere(coco: CocoDataset) -> None:
 
 @pytest.mark.parametrize("damage", ["removed", "cut", "text"])
 def test_an_image_that_can_no_longer_be_read_is_named_or_replaced_by_a_filler(
-    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("detector.datasets.loader.RETRY_PAUSES", (0.0, 0.0))
     annotations = write_coco(tmp_path / "set.json", 2, seed=0)
     coco = opened(annotations)
     path = Path(coco.describe(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
@@ -146,3 +147,17 @@ def test_the_header_check_of_a_folder_does_not_read_whole_files(
         facts = check_images(FolderStore(tmp_path), [name], np.ones(1, bool), decode=False, progress=False)
         assert facts.sizes.tolist() == [[600, 800]]
         assert 0 < count <= 2**16 < (tmp_path / name).stat().st_size, name
+
+
+def test_a_read_of_more_than_there_is_takes_no_memory_for_it(tmp_path: Path) -> None:
+    """Decoders ask for as many bytes as a damaged file states."""
+    (tmp_path / "a").write_bytes(bytes(range(256)) * 100)
+    with FolderStore(tmp_path).open("a") as file:
+        tracemalloc.start()
+        assert file.read(2**31) == bytes(range(256)) * 100
+        file.seek(25_000)
+        assert len(file.read(2**40)) == 600
+        assert file.read(2**40) == file.read() == b""
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 200_000

@@ -156,6 +156,10 @@ def make(rng: random.Random, folder: Path) -> Path:
         _change_boxes(rng, content)
         for _ in range(rng.choice([0, 0, 1, 2])):
             _change_field(rng, content)
+        if rng.random() < 0.15:
+            rng.choice(content["images"])["file_name"] = rng.choice(
+                [*ODD_TEXTS, "A.png", "images/0.png", "0.jpg", "9.png"]
+            )
     target: Any = _results(rng, content) if mode == "results" else content
     if rng.random() < 0.08:
         target = _other_format(rng, content)
@@ -171,7 +175,7 @@ def make(rng: random.Random, folder: Path) -> Path:
     options = {
         "mode": mode, "verify": rng.choice(["auto", "none", "header"]), "on_error": rng.choice(["fail", "skip"]),
         "exif": rng.choice(["auto", "auto", "auto", "apply", "ignore"]),
-        "images": rng.choice([None, None, "images", "images", "images", "images", "imagse", "", "images/0.png"]),
+        "images": rng.choice([None, None, *["images"] * 7, "imagse", "", "images/0.png"]),
         "classes": classes if rng.random() < 0.3 else None,
     }  # fmt: skip
     (folder / "options.json").write_text(json.dumps(options))

@@ -87,7 +87,7 @@ def cells_of_two(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Cell
     argv = [*arguments(shared, folder), "data.num_workers=0"]
     run = CellRun(argv, folder / "run", processes=2)
     processes = start(run, run.out, folder / "log")
-    assert wait(processes, folder / "log", seconds=120) == [0, 0], (folder / "log").read_text()[-3000:]
+    assert wait(processes, folder / "log", seconds=300) == [0, 0], (folder / "log").read_text()[-3000:]
     return run
 
 
@@ -149,7 +149,7 @@ def kill_and_resume(case: int, run: CellRun, folder: Path, *, length: float = 3.
         kind = list(kinds)[(case + attempt) % len(kinds)]
         signum = SIGNALS[(case // len(kinds) + attempt) % len(SIGNALS)]
         victim = processes[rng.randrange(run.processes)]
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while all(p.is_alive() for p in processes) and not kinds[kind]():
             assert time.monotonic() < until, log.read_text()[-3000:]
             time.sleep(0.0005)
@@ -162,10 +162,12 @@ def kill_and_resume(case: int, run: CellRun, folder: Path, *, length: float = 3.
                     os.kill(process.pid, signal.SIGTERM)
                     process.join(20)
                     process.kill()
-        codes = wait(processes, log)
+        codes = wait(processes, log, seconds=300)
         report.append(f"{signum.name} {kind}: exit codes {codes}, step {last_record(out).get('step')}")
         assert all(code in (0, -signum, 128 + signum, -signal.SIGKILL) or run.processes == 2 for code in codes), report
-    assert wait(start(run, out, log, "--resume", "auto"), log) == [0] * run.processes, log.read_text()[-3000:]
+    assert wait(start(run, out, log, "--resume", "auto"), log, seconds=300) == [0] * run.processes, log.read_text()[
+        -3000:
+    ]
     assert_bit_equal(out, run.out, f"case {case}: {report}")
 
 

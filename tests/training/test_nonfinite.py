@@ -337,18 +337,20 @@ def interrupt_before(patch: pytest.MonkeyPatch, *, step: int) -> None:
     patch.setattr(Run, "schedule_lr", schedule_lr)
 
 
-@pytest.mark.parametrize("micro_batch", [None, 4, "auto"])
-def test_a_resumed_run_keeps_to_the_parts_that_fitted(
+@pytest.mark.parametrize(("micro_batch", "expected"), [(None, [1, 2, 2, 1]), (3, [1, 2, 1, 2]), ("auto", [1, 2, 2, 1])])
+def test_a_resumed_run_keeps_to_the_parts_that_fitted_bit_for_bit(
     micro_batch: int | str | None,
+    expected: list[int],
     data: TinyData,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = tiny_config(tmp_path, data, **{**QUICK, "train__batch_size": 4, "train__micro_batch": micro_batch})
+    """Of three steps with 5, 1 and 5 images, the first runs out of memory."""
+    config = tiny_config(tmp_path, data, **{**QUICK, "train__batch_size": 5, "train__micro_batch": micro_batch})
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        out_of_memory_beyond(2, patch, from_step=1)
-        interrupt_before(patch, step=2)
+        out_of_memory_beyond(2, patch, from_step=0)
+        interrupt_before(patch, step=1)
         train(config, tmp_path / "run")
     assert last_checkpoint(tmp_path / "run").fitting_micro_batch == 2
     with monkeypatch.context() as patch:
@@ -356,8 +358,13 @@ def test_a_resumed_run_keeps_to_the_parts_that_fitted(
         capsys.readouterr()
         train(config, tmp_path / "run", resume="auto")
     assert "at most 2 images in each forward pass, since a step ran out of memory" in capsys.readouterr().out
-    assert sizes == [2, 2], "the last of the three steps"
-    assert last_checkpoint(tmp_path / "run").fitting_micro_batch == 2
+    assert sizes == expected
+    with monkeypatch.context() as patch:
+        out_of_memory_beyond(2, patch, from_step=0)
+        train(config, tmp_path / "whole")
+    resumed, whole = (last_checkpoint(tmp_path / name) for name in ("run", "whole"))
+    assert resumed.fitting_micro_batch == whole.fitting_micro_batch == 2
+    assert differing(resumed, whole) == []
 
 
 def test_one_image_that_does_not_fit_ends_the_run_with_figures_and_its_checkpoint(
