@@ -285,13 +285,13 @@ def open_run(
             require_room(output_dir, learner, optimizer=config.optim.name, keep=config.train.keep_checkpoints)
         if val_set is None and config.train.early_stop_patience is not None:
             log.warn("train.early_stop_patience has no effect without data.val")
-        if is_main:  # only now, so that an error above leaves nothing that looks like a run
-            write_text(to_yaml(config), output_dir / "config.yaml")
-        trace_steps = config.train.trace_steps if is_main else 0
         reader = StepReader(
             training_data, sampler, num_workers=config.data.num_workers, worker_timeout=config.data.worker_timeout,
             device=device,
         )  # fmt: skip
+        if is_main:  # only now, so that an error above leaves nothing that looks like a run
+            write_text(to_yaml(config), output_dir / "config.yaml")
+        trace_steps = config.train.trace_steps if is_main else 0
         yield Run(
             with_micro_batch(config, micro_batch),
             output_dir,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -83,3 +84,21 @@ def test_a_pipe_among_the_images_ends_a_run_at_once(tmp_path: Path, capsys: pyte
     assert main(["--config", str(config), "--output-dir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert f"{path.name}: is a pipe (FIFO), not a regular file" in error
+
+
+def test_a_run_whose_workers_cannot_be_started_leaves_nothing_that_looks_like_a_run(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that it can be started again as the message advises."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config, out = losing_run(tmp_path, data, train__epochs=1), tmp_path / "run"
+    argv = ["--config", str(config), "--output-dir", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing, "Semaphore", refuse)
+        assert main(argv) == 2
+    assert "/dev/shm is full; set data.num_workers=0" in capsys.readouterr().err
+    assert not (out / "config.yaml").exists()
+    assert main([*argv, "data.num_workers=0"]) == 0
