@@ -53,7 +53,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose a node, unless it is nested too deeply."""
         if self.depth > MAX_DEPTH:
-            _refuse(f"lists and sections must be nested at most {MAX_DEPTH} deep", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            _refuse(f"lists and sections must be nested at most {MAX_DEPTH} deep", event.start_mark)
         self.depth += 1
         node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1

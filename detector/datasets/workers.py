@@ -227,8 +227,8 @@ class _Watch:
         doing = f"it read {self._image(int(workers[0]))}" if len(workers) else "it started"
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         cause = _CAUSES.get(signal.Signals(-code)) if code < 0 else None
-        kills = kills_for_memory()
-        if code == -signal.SIGKILL and None not in (kills, self.kills_before) and kills > self.kills_before:  # type: ignore[operator]
+        before, now = self.kills_before, kills_for_memory()
+        if code == -signal.SIGKILL and before is not None and now is not None and now > before:
             cause = "the kernel killed a process because memory was full; " + _MEMORY_REMEDY
         cause = cause or "set data.num_workers=0 to see its error"
         return f"{self._name(pid)} {how} while {doing}: {cause.format(fewer=len(self.notes) // 2)}"

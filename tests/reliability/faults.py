@@ -100,15 +100,24 @@ def flip_bit(path: Path, position: int) -> None:
         file.write(bytes([byte ^ (1 << position % 8)]))
 
 
-def raises_at(call: Callable[..., Any], number: int, error: BaseException) -> Callable[..., Any]:
-    """A function that does what `call` does, but raises `error` at its call with this number, from 0."""
-    calls = 0
+class FaultyCalls:
+    """Counts the calls of several functions together; the one with this number, from 0, raises.
 
-    def faulty(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number + 1:
-            raise error
-        return call(*arguments, **options)
+    Args:
+        number: of the call.
+        error: what it raises.
+    """
 
-    return faulty
+    def __init__(self, number: int, error: BaseException) -> None:
+        self.number, self.error, self.calls = number, error, 0
+
+    def counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that does what `call` does, and counts."""
+
+        def faulty(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.number + 1:
+                raise self.error
+            return call(*arguments, **options)
+
+        return faulty

@@ -7,7 +7,6 @@ import errno
 import os
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from detector.training.checkpoints import (
 )
 from detector.training.train import train
 from tests.conftest import Run
-from tests.reliability.faults import flip_bit
+from tests.reliability.faults import FaultyCalls, flip_bit
 from tests.tiny import TinyData, differing, last_checkpoint, records, tiny_config
 
 
@@ -224,21 +223,10 @@ def test_a_good_checkpoint_exists_at_every_moment_of_a_save(
 ) -> None:
     """Stopped before each of the renames, links and deletions of a save."""
     save_last(state(1), tmp_path, keep=2)
-    calls = 0
-
-    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == moment + 1:
-                raise Stop
-            return real(*arguments, **options)
-
-        return call
-
+    faulty = FaultyCalls(moment, Stop())
     with monkeypatch.context() as patch, contextlib.suppress(Stop):
         for owner, name in ((os, "link"), (Path, "replace"), (Path, "unlink")):
-            patch.setattr(owner, name, counted(getattr(owner, name)))
+            patch.setattr(owner, name, faulty.counted(getattr(owner, name)))
         save_last(state(2), tmp_path, keep=2)
     newest = load_newest(tmp_path)
     assert newest is not None
