@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,11 @@ from tests.tiny import SHORT, WHOLE, TinyData, write_config, write_tiny_data
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["COLUMNS"] = "110"  # messages fold to the terminal's width, which tests must not depend on
+
+
+# A background job of a script ignores SIGINT, one under nohup SIGHUP, and the programs that tests start would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

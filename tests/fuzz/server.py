@@ -18,8 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import coverage
+
 from detector.errors import UserError
-from tests.fuzz.branches import BranchTracer
 
 BATCH = 40
 """Cases that one process runs."""
@@ -28,8 +29,6 @@ MEMORY = 2 * 2**30
 PROCESSOR_SECONDS = 10
 """Of a case. Waiting is limited too, but more generously: other programs may keep the processor busy."""
 WAITING_SECONDS = 120
-TRACING_SLOWDOWN = 20
-"""How much longer a case may take while its branches are traced."""
 MAX_MESSAGE = 4096
 """Bytes of a user error."""
 
@@ -78,46 +77,55 @@ def load_kind(name: str) -> Kind:
     return module  # type: ignore[no-any-return]
 
 
-def run_cases(
-    kind: Kind, cases: Sequence[Case], folder: Path, *, tracer: BranchTracer | None = None
-) -> Iterator[Result]:
+def run_cases(kind: Kind, cases: Sequence[Case], folder: Path, *, measure: bool = False) -> Iterator[Result]:
     """Run cases one after the other.
 
     Args:
         kind: the module of a kind of file.
         cases: to run.
         folder: an empty folder for the files of all cases; a case's files are removed after it.
-        tracer: collects the branches that the cases take; without one, nothing is traced.
+        measure: whether to measure which branches the cases take; `coverage_of` reads the result.
     """
     kind.prepare(_new_folder(folder / "shared"))
     left = list(cases)
     while left:
         done = 0
-        for result in _run_batch(kind, left[:BATCH], folder, tracer):
+        for result in _run_batch(kind, left[:BATCH], folder, measure=measure):
             done += 1
             yield result
         left = left[done:]
 
 
-def _run_batch(kind: Kind, cases: Sequence[Case], folder: Path, tracer: BranchTracer | None) -> Iterator[Result]:
+def coverage_of(kind: Kind, folder: Path) -> coverage.Coverage:
+    """Which lines and branches of a kind's modules were taken by the cases that ran in a folder."""
+    measured = _coverage(kind, folder)
+    measured.combine([str(folder)])
+    return measured
+
+
+def _coverage(kind: Kind, folder: Path) -> coverage.Coverage:
+    files = [str(importlib.import_module(name).__file__) for name in kind.MODULES]
+    return coverage.Coverage(
+        data_file=str(folder / ".coverage"), data_suffix=True, branch=True, include=files, config_file=False
+    )
+
+
+def _run_batch(kind: Kind, cases: Sequence[Case], folder: Path, *, measure: bool) -> Iterator[Result]:
     """Run cases in one process until one of them ends it."""
     sys.stdout.flush()
     sys.stderr.flush()
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        _end_child(kind, cases, folder, tracer, reader, writer)
+        os.close(reader)
+        _end_child(kind, cases, folder, _coverage(kind, folder) if measure else None, writer)
     os.close(writer)
     received = 0
     with os.fdopen(reader, "rb") as lines:
         for line in lines:
             record = json.loads(line)
-            if "branches" in record:
-                assert tracer is not None
-                tracer.add(record["branches"])
-            else:
-                yield Result(cases[received], record["outcome"], record["detail"], record["seconds"])
-                received += 1
+            yield Result(cases[received], record["outcome"], record["detail"], record["seconds"])
+            received += 1
     _, status = os.waitpid(child, 0)
     if received < len(cases):
         yield Result(cases[received], "failed", _why_ended(status), 0.0)
@@ -125,25 +133,23 @@ def _run_batch(kind: Kind, cases: Sequence[Case], folder: Path, tracer: BranchTr
 
 
 def _end_child(
-    kind: Kind, cases: Sequence[Case], folder: Path, tracer: BranchTracer | None, reader: int, writer: int
+    kind: Kind, cases: Sequence[Case], folder: Path, measured: coverage.Coverage | None, writer: int
 ) -> None:
     """Run cases in the forked process, which then ends without any clean-up of the server's."""
     try:
-        os.close(reader)
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        slowdown = 1 if tracer is None else TRACING_SLOWDOWN
         for case in cases:
             # The default action of both signals ends the process, in whatever code it is.
-            signal.setitimer(signal.ITIMER_PROF, PROCESSOR_SECONDS * slowdown)
-            signal.setitimer(signal.ITIMER_REAL, WAITING_SECONDS * slowdown)
-            _send(writer, _run_case(kind, case, folder, tracer)._asdict())
-        if tracer is not None:
-            _send(writer, {"branches": tracer.taken()})
+            signal.setitimer(signal.ITIMER_PROF, PROCESSOR_SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, WAITING_SECONDS)
+            _send(writer, _run_case(kind, case, folder, measured)._asdict())
+        if measured is not None:
+            measured.save()
     finally:
         os._exit(0)
 
@@ -154,14 +160,14 @@ def _send(writer: int, record: dict[str, Any]) -> None:
         data = data[os.write(writer, data) :]
 
 
-def _run_case(kind: Kind, case: Case, folder: Path, tracer: BranchTracer | None) -> Result:
+def _run_case(kind: Kind, case: Case, folder: Path, measured: coverage.Coverage | None) -> Result:
     place = _new_folder(folder / "case")
     started = time.process_time()
     outcome, detail = "failed", ""
     try:
         path = kind.make(random.Random(str(case)), place)
         started = time.process_time()
-        with tracer.tracing() if tracer is not None else contextlib.nullcontext():
+        with measured.collect() if measured is not None else contextlib.nullcontext():
             outcome = kind.use(path)
     except UserError as error:
         detail = str(error)

@@ -8,7 +8,6 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,8 @@ import pytest
 from detector.errors import UserError
 from detector.models.resnet import ARCHITECTURES
 from tests.fuzz import server
-from tests.fuzz.__main__ import KINDS
-from tests.fuzz.branches import BranchTracer
-from tests.fuzz.server import Case, Result, load_kind, run_cases
+from tests.fuzz.__main__ import KINDS, branches_taken
+from tests.fuzz.server import Case, Result, coverage_of, load_kind, run_cases
 from tests.tiny import WHOLE, start_process, wait
 
 SAMPLE = 100
@@ -143,22 +141,18 @@ def test_a_case_depends_on_its_name_only(tmp_path: Path) -> None:
     assert contents[0] == contents[1]
 
 
-def branching(value: int) -> Iterator[int]:
-    """Five branches: a loop, a condition, and the condition in a comprehension."""
-    for k in range(value):
-        if k > 1:
-            yield k
-    yield from [k for k in range(value) if k == 7]
+def test_branches_are_counted(tmp_path: Path) -> None:
+    process = start_process(measure_branches, (tmp_path,), tmp_path / "log")
+    assert wait([process], tmp_path / "log", seconds=300) == [0], (tmp_path / "log").read_text()
 
 
-def test_both_ways_of_a_condition_are_branches() -> None:
-    tracer = BranchTracer([__name__])
-    key = next(key for key in tracer.jumps if ":branching:" in key)
-    assert len(tracer.jumps[key]) >= 2
-    for value, ways in ((0, 1), (1, 3), (3, 4)):
-        with tracer.tracing():
-            list(branching(value))
-        assert len([taken for taken in tracer.taken() if taken[0] == key]) >= ways, value
-    taken, total = tracer.by_module()[__name__]
-    assert 0 < taken < total
-    assert len(tracer.not_taken()) == total - taken
+def measure_branches(folder: Path) -> None:
+    """More cases take more branches; in its own process."""
+    taken = []
+    for count in (2, 40):
+        place = folder / str(count)
+        list(run_cases(load_kind("coco_json"), [Case(0, k) for k in range(count)], place, measure=True))
+        counts = branches_taken(coverage_of(load_kind("coco_json"), place), place)
+        assert all(0 < some < total for some, total in counts.values()), counts
+        taken.append(sum(some for some, _ in counts.values()))
+    assert taken[0] < taken[1]
