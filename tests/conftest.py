@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from detector.config_yaml import load_config
+from detector.datasets import loader
 from detector.models.resnet import ARCHITECTURES
 from detector.training.train import train
 from tests.tiny import SHORT, WHOLE, TinyData, write_config, write_tiny_data
@@ -22,6 +23,8 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["COLUMNS"] = "110"  # messages fold to the terminal's width, which tests must not depend on
 
+# Tests remove images on purpose, and would spend most of their time in the pauses before another attempt to read.
+loader.RETRY_PAUSES = (0.01, 0.01)
 
 # A background job of a script ignores SIGINT, one under nohup SIGHUP, and the programs that tests start would, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detector.cli import command, require_checkpoint
+from detector.config_packages import require_packages
 from detector.config_yaml import load_config
 
 EXAMPLES = """\
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
+    require_packages(config, training=False)
     if arguments.checkpoint is not None:
         require_checkpoint(arguments.checkpoint)
     # Imported only now, because loading torch takes seconds that a mistake above should not cost.

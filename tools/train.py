@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detector.cli import command
 from detector.config import Config
+from detector.config_packages import require_packages
 from detector.config_yaml import load_config
 
 
@@ -74,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.init_from is not None:
         overrides.append(f"train.init_from={arguments.init_from}")
     config = load_config(arguments.config, overrides)
+    require_packages(config, training=True)
     # Imported only now, because loading torch takes seconds that a mistake above should not cost.
     from detector.memory import keep_freed_memory
     from detector.training.resume import place_run

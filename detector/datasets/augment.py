@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from detector.config_packages import import_albumentations
 from detector.datasets.objects import NO_OBJECTS
 from detector.datasets.transforms import View
 from detector.errors import ConfigError
@@ -32,13 +33,7 @@ TILES = 16
 def _albumentations() -> Any:
     """Import albumentations where a config augments: it is slow to import, and not everybody needs it."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or it queries the internet for its newest version
-    try:
-        import albumentations
-    except ImportError as error:
-        raise ConfigError(
-            f"data.augment needs albumentations: {error}; pip install albumentations, or set data.augment=[]"
-        ) from None
-    return albumentations
+    return import_albumentations()
 
 
 class Augmentation:

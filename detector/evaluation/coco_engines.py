@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detector.config import Engine
-from detector.errors import ConfigError
+from detector.config_packages import import_engine
 from detector.evaluation.coco_results import CocoResults, brief_list
 from detector.structures import GroundTruth
 
@@ -107,7 +107,7 @@ def hotcoco_evaluator(inputs: EngineInput) -> Any:
     Raises:
         ConfigError: hotcoco is not installed.
     """
-    hotcoco = _import_engine("hotcoco", "hotcoco", other="pycocotools")
+    hotcoco = import_engine("hotcoco", "hotcoco")
     gt = hotcoco.COCO.from_arrays(
         [{"id": i} for i in range(1, inputs.num_images + 1)],
         _class_records(inputs),
@@ -122,7 +122,7 @@ def hotcoco_evaluator(inputs: EngineInput) -> Any:
 
 
 def _pycocotools_curves(inputs: EngineInput, max_dets: tuple[int, int, int]) -> Curves:
-    pycocotools = _import_engine("pycocotools.coco", "pycocotools", other="hotcoco")
+    pycocotools = import_engine("pycocotools", "pycocotools.coco")
     cocoeval = importlib.import_module("pycocotools.cocoeval")
 
     def records(images: Any, classes: Any, boxes: Any, areas: Any, **more: Any) -> list[dict[str, Any]]:
@@ -157,13 +157,3 @@ def _pycocotools_curves(inputs: EngineInput, max_dets: tuple[int, int, int]) -> 
 
 def _class_records(inputs: EngineInput) -> list[dict[str, Any]]:
     return [{"id": i, "name": str(i)} for i in range(1, inputs.num_classes + 1)]
-
-
-def _import_engine(module: str, package: str, *, other: str) -> Any:
-    """Import an engine on first use, so that the package works without the one that is not used."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"eval.engine must be installed, got {package}: {error}; pip install {package}, or set eval.engine={other}"
-        ) from None

@@ -82,7 +82,14 @@ def test_every_case_prints_a_row_and_writes_raw_figures(
         assert any((tmp_path / "trace").iterdir())
 
 
-@pytest.mark.parametrize("case", [*CASES[:-1], pytest.param("postprocess", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "loss",
+        "match",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("train", "feed", "infer", "postprocess")),
+    ],
+)
 def test_every_case_runs_on_an_emulated_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (tools.benchmarks.training, tools.benchmarks.inference):
         monkeypatch.setattr(module, "machine_peak", lambda *_: 1e12)  # the GPU's matrix product is slow on a CPU

@@ -219,9 +219,8 @@ def test_a_filler_is_black_and_ignored_everywhere(coco: CocoDataset) -> None:
 
 @pytest.mark.parametrize("damage", ["removed", "cut", "text"])
 def test_an_image_that_can_no_longer_be_read_is_named_or_replaced_by_a_filler(
-    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("detector.datasets.loader.RETRY_PAUSES", (0.0, 0.0))
     annotations = write_coco(tmp_path / "set.json", 2, seed=0)
     coco = opened(annotations)
     path = Path(coco.describe(1))

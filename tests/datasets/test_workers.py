@@ -210,10 +210,7 @@ def test_the_thread_that_watches_workers_ends_with_them(annotations: Path) -> No
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_file_that_is_briefly_unreadable_is_read_again(
-    annotations: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loader_module, "RETRY_PAUSES", (0.0, 0.0))
+def test_a_file_that_is_briefly_unreadable_is_read_again(annotations: Path, num_workers: int) -> None:
     expected = list(batches(odd(annotations, "", name=""), num_workers=0))
     for one, other in zip(batches(odd(annotations, "brief"), num_workers=num_workers), expected, strict=True):
         assert torch.equal(one.images, other.images)
@@ -221,10 +218,7 @@ def test_a_file_that_is_briefly_unreadable_is_read_again(
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_file_that_stays_unreadable_is_tried_three_times(
-    annotations: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loader_module, "RETRY_PAUSES", (0.0, 0.0))
+def test_a_file_that_stays_unreadable_is_tried_three_times(annotations: Path, num_workers: int) -> None:
     coco = odd(annotations, "missing")
     with pytest.raises(ImageError, match=r"0040\.png: no such file"):
         list(batches(coco, num_workers=num_workers))
@@ -236,6 +230,7 @@ def test_a_file_that_stays_unreadable_is_tried_three_times(
 def test_an_image_that_was_reported_is_not_waited_for_again(annotations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor are others, once many were waited for in vain: a missing folder would cost 2.5 s per image."""
     pauses: list[float] = []
+    monkeypatch.setattr(loader_module, "RETRY_PAUSES", (0.5, 2.0))
     monkeypatch.setattr(loader_module.time, "sleep", pauses.append)  # type: ignore[attr-defined]
     coco = odd(annotations, "missing")
     dataset = DetectionDataset(coco, max_size=96, skip_unreadable=True)

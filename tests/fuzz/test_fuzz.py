@@ -19,7 +19,7 @@ from tests.fuzz.__main__ import KINDS, branches_taken
 from tests.fuzz.server import Case, Result, coverage_of, load_kind, run_cases
 from tests.tiny import WHOLE, start_process, wait
 
-SAMPLE = 100
+SAMPLE = 60
 COUNTS = {"coco_json": 5000, "yaml_config": 5000, "images": 2000, "weights": 1000, "checkpoint": 1000}
 """Cases of each kind under `pytest -m long`."""
 

@@ -48,7 +48,7 @@ CONFIG_TEXT = (
     "test_pipeline = [dict(scale=(1333, 800), mean=[1, 2, 3], std=[1, 1, 1], to_rgb=True)]"
 )
 FRAMEWORKS: dict[str, dict[str, Tensor]] = {}
-"""A whole detector as torchvision and mmdetection name it."""
+"""A whole detector as torchvision, mmdetection and detectron2 name it."""
 FILES: dict[str, bytes] = {}
 """The files of these detectors; their constant weights are compressed."""
 
@@ -76,6 +76,16 @@ def prepare(folder: Path) -> None:
         (r"^cls_subnet\.predictor", "bbox_head.retina_cls"), (r"^box_subnet\.predictor", "bbox_head.retina_reg"),
         (r"^cls_subnet\.tower\.0", "bbox_head.cls_convs.0.conv"),
         (r"^box_subnet\.tower\.0", "bbox_head.reg_convs.0.conv"),
+    )  # fmt: skip
+    FRAMEWORKS["detectron2"] = _renamed(
+        weights, (r"^backbone\.(conv1|bn1)", r"backbone.bottom_up.stem.\1"), (r"stem\.bn1", "stem.conv1.norm"),
+        (r"^backbone\.layer1", "backbone.bottom_up.res2"), (r"^backbone\.layer2", "backbone.bottom_up.res3"),
+        (r"^backbone\.layer3", "backbone.bottom_up.res4"), (r"^backbone\.layer4", "backbone.bottom_up.res5"),
+        (r"\.bn(\d)\.", r".conv\1.norm."), (r"downsample\.0", "shortcut"), (r"downsample\.1", "shortcut.norm"),
+        (r"^fpn\.(lateral|output)\.0", r"backbone.fpn_\g<1>3"), (r"^fpn\.(lateral|output)\.1", r"backbone.fpn_\g<1>4"),
+        (r"^fpn\.(lateral|output)\.2", r"backbone.fpn_\g<1>5"), (r"^fpn\.p", "backbone.top_block.p"),
+        (r"^cls_subnet\.predictor", "head.cls_score"), (r"^box_subnet\.predictor", "head.bbox_pred"),
+        (r"^cls_subnet\.tower\.0", "head.cls_subnet.0"), (r"^box_subnet\.tower\.0", "head.bbox_subnet.0"),
     )  # fmt: skip
 
     for name, tensors in FRAMEWORKS.items():
@@ -107,11 +117,28 @@ def _odd_tensor(rng: random.Random) -> Any:
     return rng.choice([torch.nn.Parameter(tensor.float()), tensor.to(torch.bfloat16)]) if kind == 3 else tensor
 
 
+def _changed_detector(rng: random.Random) -> dict[Any, Any]:
+    """A whole detector of which a part may be missing, of another shape, or renamed."""
+    weights: dict[Any, Any] = dict(FRAMEWORKS[rng.choice(sorted(FRAMEWORKS))])
+    part = rng.choice(["", "running_", "norm", "fpn", "cls", "bbox", "tower", "conv1", rng.choice(sorted(weights))])
+    for name in [name for name in weights if part and part in name]:
+        change = rng.choice(["drop", "rename", "shape", "nan"])
+        value = weights.pop(name)
+        if change == "rename":
+            weights[name.replace("0", "1")] = value
+        elif change != "drop":
+            weights[name] = value[:1] if change == "shape" else value * float("nan")
+    if rng.random() < 0.2:
+        weights[f"anchor_generator.cell_anchors.{rng.randrange(6)}"] = torch.ones(rng.choice([3, 9]), 4)
+    return weights
+
+
 def _content(rng: random.Random) -> Any:
     """Named tensors as other programs save them, with mistakes."""
-    weights: dict[Any, Any] = {rng.choice(MARKERS): _odd_tensor(rng) for _ in range(rng.choice([0, 1, 4, 10]))}
-    if rng.random() < 0.03:
-        weights = dict(FRAMEWORKS[rng.choice(sorted(FRAMEWORKS))])
+    if rng.random() < 0.2:
+        weights = _changed_detector(rng)
+    else:
+        weights = {rng.choice(MARKERS): _odd_tensor(rng) for _ in range(rng.choice([0, 1, 4, 10]))}
     for _ in range(rng.choice([0, 0, 1, 3])):
         key = rng.choice([*weights, *ODD_TEXTS, "module.a", "a", 3, None])
         weights[key] = rng.choice([_odd_tensor(rng), odd_value(rng)])

@@ -97,7 +97,14 @@ def test_at_each_write_of_each_file(part: str, number: int, whole: Run, tmp_path
         fails_once(part, first, whole, tmp_path, number)
 
 
-@pytest.mark.parametrize("number", [FULL, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EACCES])
+@pytest.mark.parametrize(
+    "number",
+    [
+        FULL,
+        errno.EMFILE,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (errno.EDQUOT, errno.EROFS, errno.EACCES)),
+    ],
+)
 def test_a_checkpoint_that_cannot_be_written_at_all_ends_the_run_with_what_is_safe(
     number: int, whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,8 @@ from detector.cli import command, surviving_output
 from detector.errors import UserError
 from detector.training.signals import stop_on_signal
 from tests.conftest import Run
-from tests.tiny import REPO, differing, last_checkpoint, records, start_tool, wait, wait_for
+from tests.tiny import REPO, differing, last_checkpoint, records, start_process, start_tool, wait, wait_for
+from tools import train as train_tool
 
 
 def run_python(
@@ -119,20 +120,24 @@ def test_an_error_of_the_operating_system_is_one_line_with_a_remedy(
     )
 
 
+def train_into(pipe: Path, argv: list[str]) -> None:
+    """Train with standard output going into a pipe."""
+    os.dup2(os.open(pipe, os.O_WRONLY), 1)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.exit(train_tool.main(argv))
+
+
 def test_a_training_whose_terminal_closes_continues_to_its_end(whole: Run, tmp_path: Path) -> None:
     """As `train.py | head -1`."""
-    code = f"import sys; sys.argv[1:] = ['--config', '{whole.config}', '--output-dir', '{tmp_path}/run']\n"
-    code += "from tests.tiny import SHORT\nfrom detector.models.resnet import ARCHITECTURES\n"
-    code += "import torch\nARCHITECTURES['resnet18'] = SHORT\ntorch.set_num_threads(1)\n"
-    code += "from tools.train import main\nsys.exit(main())"
-    read, write = os.pipe()
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=write, stderr=subprocess.PIPE, text=True)
-    os.close(write)
-    os.read(read, 10)
-    os.close(read)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert "standard output is lost" in errors
+    pipe, log = tmp_path / "pipe", tmp_path / "log"
+    os.mkfifo(pipe)
+    argv = ["--config", str(whole.config), "--output-dir", str(tmp_path / "run")]
+    process = start_process(train_into, (pipe, argv), log)
+    reader = os.open(pipe, os.O_RDONLY)
+    os.read(reader, 10)
+    os.close(reader)
+    assert wait([process], log) == [0], log.read_text()
+    assert "standard output is lost" in log.read_text()
     assert differing(last_checkpoint(tmp_path / "run"), last_checkpoint(whole.out)) == []
 
 

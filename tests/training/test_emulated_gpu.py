@@ -34,6 +34,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "ohem": {"loss__cls": "ohem"},
     "bootstrap": {"loss__cls": "bootstrap"},
 }  # fmt: skip
+SLOW = ("focal star, weights of classes", "varifocal", "ghm", "bootstrap")
+"""Runs like others of these, for the slow suite."""
 
 MAY_WAIT = {
     "LogWindow.record", "NonfiniteSteps.notice", "Run.save",  # to log, to save
@@ -47,7 +49,10 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in (*TIMING, "per_class", "split")} for line in lines]
 
 
-@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(settings, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, settings in RUNS.items()],
+)
 def test_a_run_learns_what_it_learns_on_a_cpu_and_waits_only_to_log(
     settings: dict[str, Any], data: TinyData, tmp_path: Path
 ) -> None:
@@ -70,7 +75,7 @@ def test_a_run_learns_what_it_learns_on_a_cpu_and_waits_only_to_log(
     assert sum("Run.snapshot" in wait for wait in gpu.waits) == 3  # one a save, one for the best
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_in_half_the_precision_it_learns_nearly_the_same(precision: str, data: TinyData, tmp_path: Path) -> None:
     settings = {
         "train__epochs": 1,

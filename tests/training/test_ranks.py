@@ -72,6 +72,7 @@ def test_a_killed_process_is_named_by_the_other(lost: int, data: TinyData, tmp_p
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_named_after_the_timeout(data: TinyData, tmp_path: Path) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
     processes = start(long_run(tmp_path, data, train__rank_timeout=3), out, log)
