@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detector.datasets.box_checks import training_boxes
+from detector.datasets.ids import FileIds
 from detector.datasets.images import decode_at_least
 from detector.datasets.objects import Objects
 from detector.datasets.problems import Finding, from_json, wrap
@@ -77,6 +78,8 @@ class CocoDataset:
     class_mask: NDArray[np.bool_] | None
     """(N, K) the classes annotated in each image; None means all."""
     packed_findings: bytes
+    file_ids: FileIds
+    """The ids of images and categories as the source writes them."""
     notes: tuple[str, ...]
     """Lines of the summary that are known only when the dataset is opened."""
 

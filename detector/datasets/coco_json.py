@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.datasets.json_columns import areas, boxes, flags, integer, integers, lengths, numbers_text
+from detector.datasets.ids import FileIds, Ids, fits, id_key
+from detector.datasets.json_columns import areas, boxes, flags, lengths, numbers_text
 from detector.datasets.missing_paths import nearest_path
 from detector.datasets.problems import COCO_FORMAT, Problem, problem
 from detector.datasets.segmentation import box_of_segmentation
@@ -106,8 +107,40 @@ def other_format(content: Any) -> str | None:
     return f"a file without a list of {' and '.join(missing)} (its keys: {keys}){published}"
 
 
-def read_categories(path: Path, declared: list[Any], problems: list[Problem]) -> Categories | None:
-    """Read the declared categories, sorted by id; None where they are contradictory."""
+def read_ids(content: dict[str, list[Any]]) -> FileIds:
+    """Read the ids that a COCO file declares."""
+
+    def ids(entries: list[Any]) -> Ids:
+        return Ids(entry.get("id") for entry in entries if isinstance(entry, dict))
+
+    return FileIds(ids(content["images"]), ids(content["categories"]))
+
+
+def read_categories(
+    path: Path,
+    declared: list[Any],
+    ids: Ids,
+    problems: list[Problem],
+    *,
+    used: NDArray[np.int64],
+    kept: Collection[str] = (),
+) -> Categories | None:
+    """Read the declared categories, sorted by id.
+
+    A category that no annotation uses is no class of its own if it is another's supercategory, or has the name of one
+    that is used: exports declare a project's name this way.
+
+    Args:
+        path: of the file, for messages.
+        declared: the file's "categories".
+        ids: of the categories.
+        problems: receives what is wrong with them.
+        used: category ids of the annotations.
+        kept: names that stay classes in any case.
+
+    Returns:
+        None where they are contradictory.
+    """
     names: dict[int, str] = {}
     mistakes: list[str] = []
 
@@ -115,9 +148,12 @@ def read_categories(path: Path, declared: list[Any], problems: list[Problem]) ->
         if not isinstance(category, dict):
             mistakes.append(f"categories[{k}] must be an object with id and name, got {shown(category)}")
             continue
-        category_id, name = integer(category.get("id")), category.get("name")
-        if category_id is None:
-            mistakes.append(f"categories[{k}] must have an integer id, got {shown(category.get('id'))}")
+        (number,), (no_id,), _ = ids.read([category.get("id")])
+        category_id, name = int(number), category.get("name")
+        as_number = type(name) in (int, float)
+        name = str(name) if as_number else name
+        if no_id:
+            mistakes.append(f"categories[{k}] must have an id, a number or a text, got {shown(category.get('id'))}")
         elif not isinstance(name, str) or not name:
             mistakes.append(f"categories[{k}] (id {category_id}) must have a name, got {shown(name)}")
         elif category_id in names:
@@ -129,8 +165,13 @@ def read_categories(path: Path, declared: list[Any], problems: list[Problem]) ->
             if names[category_id] != name:
                 detail = f"its name {shown(name)} is written {shown(names[category_id])}"
                 problems.append(problem("unprintable class name", where, detail))
-            if type(category["id"]) is not int:
-                problems.append(problem("number written as text", where, f"id {shown(category['id'])}"))
+            if category_id in ids.originals:
+                _report_id(category["id"], category_id, where, problems)
+            if as_number:
+                problems.append(problem("class name written as number", where, f"name {shown(category['name'])}"))
+    for category_id, reason in _unused(names, declared, set(used.tolist()), kept).items():
+        where = f"category {category_id} ({names.pop(category_id)})"
+        problems.append(problem("unused category", where, f"has no annotation, and {reason}"))
     ids_by_name: defaultdict[str, list[int]] = defaultdict(list)
     for category_id, name in names.items():
         ids_by_name[name].append(category_id)
@@ -145,37 +186,68 @@ def read_categories(path: Path, declared: list[Any], problems: list[Problem]) ->
     return None if mistakes else Categories(tuple(in_order), tuple(names[i] for i in in_order))
 
 
-def read_images(items: list[Any], problems: list[Problem], *, with_files: bool) -> ImageTable:
+def _unused(names: dict[int, str], declared: list[Any], used: set[int], kept: Collection[str]) -> dict[int, str]:
+    """The categories that are no classes of their own, and why."""
+    parents = {
+        printable(parent)
+        for category in declared
+        if isinstance(category, dict) and isinstance(parent := category.get("supercategory"), str)
+        if parent != category.get("name")
+    }
+    names_in_use = {names[category_id] for category_id in names if category_id in used}
+    return {
+        category_id: "is the supercategory of others" if name in parents else "has the name of another"
+        for category_id, name in names.items()
+        if category_id not in used and name not in kept and (name in parents or name in names_in_use)
+    }
+
+
+def _report_id(value: Any, number: int, where: str, problems: list[Problem]) -> None:
+    """Report an id that does not stand for itself as an integer."""
+    kind = "number written as text" if fits(id_key(value)) else "id that is no integer"
+    problems.append(problem(kind, where, f"id {shown(value)} is {number} here"))
+
+
+def read_images(items: list[Any], ids: Ids, problems: list[Problem], *, with_files: bool) -> ImageTable:
     """Read the entries of "images"; a usable file name is required only `with_files`."""
     entries = []
     for k, item in enumerate(items):
         if not isinstance(item, dict):
             problems.append(problem("malformed image", f"images[{k}]", f"must be an object, got {shown(item)}"))
-        elif integer(item.get("id")) is None:
+        elif id_key(item.get("id")) is None:
             name = shown(item.get("file_name"))
-            detail = f"id must be an integer, got {shown(item.get('id'))}"
+            detail = f"id must be a number or a text, got {shown(item.get('id'))}"
             problems.append(problem("malformed image", f"images[{k}] ({name})", detail))
         else:
             entries.append(item)
-    ids, _, as_text = integers([item["id"] for item in entries])
-    raw_names = [item.get("file_name") for item in entries]
+    numbers, _, _ = ids.read([item["id"] for item in entries])
+    raw_names = [_name_of(item) for item in entries]
     names = [name if isinstance(name, str) else "" for name in raw_names]
     sizes = np.stack([lengths([i.get(key) for i in entries]) for key in ("height", "width")], axis=1)
-    table = ImageTable(ids, names, sizes, num_malformed=len(items) - len(entries))
-    for i in np.flatnonzero(as_text).tolist():
-        detail = f"id {shown(entries[i]['id'])}"
-        problems.append(problem("number written as text", table.where(i), detail))
-    if with_files:
-        for i, raw in enumerate(raw_names):
-            if not isinstance(raw, str):
-                table.drop(i, problems, "malformed image", f"file_name must be text, got {shown(raw)}")
+    table = ImageTable(numbers, names, sizes, num_malformed=len(items) - len(entries))
+    for i in np.flatnonzero(np.isin(numbers, list(ids.originals))).tolist():
+        _report_id(entries[i]["id"], int(numbers[i]), table.where(i), problems)
+    for i, raw in enumerate(raw_names):
+        if with_files and not isinstance(raw, str):
+            table.drop(i, problems, "malformed image", f"file_name must be text, got {shown(raw)}")
+        elif "file_name" not in entries[i] and isinstance(raw, str):
+            problems.append(problem("file name from coco_url", table.where(i), shown(entries[i]["coco_url"])))
     return table
 
 
-def read_annotations(items: list[Any], problems: list[Problem]) -> AnnotationTable:
+def _name_of(image: dict[str, Any]) -> Any:
+    """The file name of an image entry; LVIS has a coco_url instead, http://HOST/FOLDER/NAME."""
+    url = image.get("coco_url")
+    if "file_name" not in image and isinstance(url, str) and url.rpartition("/")[2]:
+        return url.rpartition("/")[2]
+    return image.get("file_name")
+
+
+def read_annotations(items: list[Any], file_ids: FileIds, problems: list[Problem]) -> AnnotationTable:
     """Read the entries of "annotations" that have an image id, a category id and a box.
 
-    Ids may be written as "3" or 3.0, which is noted; anything else that is no integer is malformed.
+    Numbers may be written as text ("3"), which is noted. An id that nothing declares and that is no integer is
+    malformed.
     """
     is_object = np.array([type(a) is dict for a in items], bool)
     for k in np.flatnonzero(~is_object).tolist():
@@ -187,12 +259,12 @@ def read_annotations(items: list[Any], problems: list[Problem]) -> AnnotationTab
     def column(key: str) -> list[Any]:
         return [a.get(key) for a in entries]
 
-    ids, no_id, id_text = integers(column("id"))
-    image_ids, no_image, image_text = integers(column("image_id"))
-    category_ids, no_category, category_text = integers(column("category_id"))
-    crowd, bad_crowd = flags(column("iscrowd"))
-    ignore, bad_ignore = flags(column("ignore"))
-    xywh, no_box = boxes(column("bbox"))
+    ids, no_id, id_text = Ids().read(column("id"))
+    image_ids, no_image, image_text = file_ids.images.read(column("image_id"))
+    category_ids, no_category, category_text = file_ids.categories.read(column("category_id"))
+    crowd, bad_crowd, crowd_text = flags(column("iscrowd"))
+    ignore, bad_ignore, ignore_text = flags(column("ignore"))
+    xywh, no_box, box_text = boxes(column("bbox"))
 
     def report(kind: str, rows: NDArray[np.bool_], detail: Callable[[int, dict[str, Any]], str]) -> None:
         for k in np.flatnonzero(rows).tolist():
@@ -211,8 +283,8 @@ def read_annotations(items: list[Any], problems: list[Problem]) -> AnnotationTab
         lambda k, a: f"bbox {shown(a.get('bbox'))}, the segmentation gives {numbers_text(xywh[k])}",
     )
     rules = (
-        ("image_id", no_image, "an integer"),
-        ("category_id", no_category, "an integer"),
+        ("image_id", no_image, "an image's id"),
+        ("category_id", no_category, "a category's id"),
         ("bbox", no_box, "four numbers"),
         ("iscrowd", bad_crowd, "0 or 1"),
         ("ignore", bad_ignore, "0 or 1"),
@@ -225,8 +297,8 @@ def read_annotations(items: list[Any], problems: list[Problem]) -> AnnotationTab
     )
     report(
         "number written as text",
-        id_text | image_text | category_text,
-        lambda _, a: shown({key: a.get(key) for key in ("id", "image_id", "category_id")}),
+        (id_text | image_text | category_text | crowd_text | ignore_text | box_text) & ~malformed,
+        lambda _, a: shown({key: a[key] for key in _NUMBERS if _holds_text(a.get(key))}),
     )
     report("unusable annotation id", no_id, lambda _, a: f"id must be an integer, got {shown(a.get('id'))}")
     published, bad_area = areas(column("area"))
@@ -240,3 +312,10 @@ def read_annotations(items: list[Any], problems: list[Problem]) -> AnnotationTab
         num_malformed=int(malformed.sum()) + len(items) - len(entries),
     )  # fmt: skip
     return table.take(np.flatnonzero(~malformed)) if malformed.any() else table
+
+
+_NUMBERS = ("id", "image_id", "category_id", "iscrowd", "ignore", "bbox")
+
+
+def _holds_text(value: object) -> bool:
+    return isinstance(value, str | float) or (isinstance(value, list) and any(isinstance(v, str) for v in value))

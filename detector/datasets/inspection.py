@@ -15,6 +15,7 @@ from detector.config import Exif, Verify
 from detector.datasets.box_checks import BoxChecks, check_boxes, format_problems
 from detector.datasets.coco import CROWD, IGNORE, TRAINABLE, CocoDataset
 from detector.datasets.file_checks import check_files
+from detector.datasets.ids import FileIds
 from detector.datasets.json_columns import numbers_text
 from detector.datasets.problems import Finding, Problem, group, problem, to_json
 from detector.datasets.store import ImageStore
@@ -57,6 +58,7 @@ def inspect_tables(
     exif: Exif = "auto",
     progress: bool = False,
     problems: list[Problem] | None = None,
+    file_ids: FileIds | None = None,
 ) -> Inspection:
     """Check columns of images and annotations, whatever their source, and pack what is usable into a `CocoDataset`.
 
@@ -71,6 +73,7 @@ def inspect_tables(
         exif: whether EXIF orientations are applied (`data.exif`).
         progress: whether to print a progress bar to stderr.
         problems: found so far.
+        file_ids: the ids as the source writes them; None: as integers.
     """
     problems = [] if problems is None else problems
     matched = _match_categories(source, categories, training_categories, images, problems)
@@ -109,6 +112,7 @@ def inspect_tables(
             overrides_exif=files.exif.tagged and not files.exif.apply,
             packed_findings=zlib.compress(to_json(findings).encode(), 1),
             notes=tuple(note for note in notes if note),
+            file_ids=FileIds() if file_ids is None else file_ids,
             **_packed(images, annotations, rows, labels, trainable=~checks.zero & ~checks.outside),
         )
     return Inspection(source, findings, dataset, categories, num_images, num_usable, lost, files.missing)

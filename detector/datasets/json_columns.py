@@ -10,43 +10,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-
-def integer(value: object) -> int | None:
-    """Read an integer or an equivalent value (7.0, "7"); None for anything else and for booleans."""
-    whole = isinstance(value, float) and value.is_integer()
-    if whole or (isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]{1,19}\s*", value)):
-        value = int(value)  # type: ignore[call-overload]
-    if type(value) is int and -(2**63) <= value < 2**63:
-        return value
-    return None
-
-
-def integers(values: list[Any]) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Read integers: (n,) values, where there is none, and where it was written as another type."""
-    n = len(values)
-    if set(map(type, values)) <= {int}:
-        try:
-            return np.array(values, np.int64), np.zeros(n, bool), np.zeros(n, bool)
-        except OverflowError:
-            pass
-    read = [integer(v) for v in values]
-    bad = np.array([r is None for r in read], bool)
-    other = np.array([type(v) is not int for v in values], bool)
-    return np.array([r or 0 for r in read], np.int64), bad, other & ~bad
+from detector.datasets.ids import id_key
 
 
 def lengths(values: list[Any]) -> NDArray[np.int32]:
     """Read image widths or heights: (n,); 0 where there is no usable one."""
-    read, bad, _ = integers(values)
-    return np.where(bad | (read <= 0) | (read > 2**31 - 1), 0, read).astype(np.int32)
+    keys = values if set(map(type, values)) <= {int} else [id_key(value) for value in values]
+    return np.array([key if type(key) is int and 0 < key < 2**31 else 0 for key in keys], np.int32)
 
 
-def flags(values: list[Any]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Read iscrowd or ignore: (n,) values, and where it is neither 0 nor 1 nor absent."""
-    known: dict[float | None, bool] = {0: False, 1: True, None: False}  # True and 1.0 are equal to 1
-    read = [known.get(v) if isinstance(v, int | float | None) else None for v in values]
+_FLAGS: dict[object, bool] = {  # True and 1.0 are equal to 1
+    0: False, 1: True, None: False, "0": False, "1": True, "": False, "false": False, "true": True, "0.0": False,
+    "1.0": True,
+}  # fmt: skip
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, int | float | str | None)
+
+
+def flags(values: list[Any]) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Read iscrowd or ignore: (n,) values, where it is neither 0 nor 1 nor absent, and where it was written as text."""
+    if set(map(type, values)) <= {int, type(None)} and set(values) <= {0, 1, None}:
+        return np.array(values) == 1, np.zeros(len(values), bool), np.zeros(len(values), bool)
+    read = [_FLAGS.get(v.strip().lower() if isinstance(v, str) else v) if _is_plain(v) else None for v in values]
     bad = np.array([r is None for r in read], bool)
-    return np.array([bool(r) for r in read], bool), bad
+    as_text = np.array([isinstance(v, str) for v in values], bool)
+    return np.array([bool(r) for r in read], bool), bad, as_text & ~bad
 
 
 def is_number(value: object) -> bool:
@@ -70,22 +60,34 @@ def areas(values: list[Any]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     return np.where(usable, read, np.nan), given & ~usable
 
 
-def boxes(values: list[Any]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Read boxes: (n, 4) values, and where they are not four numbers."""
+def number_in(value: object) -> float | None:
+    """Read a number, also one that is written as text; None for anything else."""
+    if type(value) in (int, float):
+        return number(value)  # type: ignore[arg-type]
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else None
+
+
+_NUMBER = re.compile(r"\s*[-+]?(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,3})?\s*")
+
+
+def boxes(values: list[Any]) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Read boxes: (n, 4) values, where they are not four numbers, and where a number was written as text."""
     if set(map(type, values)) <= {list} and set(map(len, values)) <= {4}:
         flat = list(chain.from_iterable(values))
         if set(map(type, flat)) <= {int, float}:
             try:
-                return np.array(flat, np.float64).reshape(-1, 4), np.zeros(len(values), bool)
+                no_box = np.zeros(len(values), bool)
+                return np.array(flat, np.float64).reshape(-1, 4), no_box, no_box.copy()
             except OverflowError:
                 pass
-    read, bad = np.zeros((len(values), 4)), np.zeros(len(values), bool)
+    read, bad, as_text = np.zeros((len(values), 4)), np.zeros(len(values), bool), np.zeros(len(values), bool)
     for k, value in enumerate(values):
-        if type(value) is list and len(value) == 4 and all(map(is_number, value)):
-            read[k] = [number(v) for v in value]
-        else:
+        numbers = [number_in(v) for v in value] if type(value) is list and len(value) == 4 else [None]
+        if None in numbers:
             bad[k] = True
-    return read, bad
+        else:
+            read[k], as_text[k] = numbers, not all(map(is_number, value))
+    return read, bad, as_text
 
 
 def numbers_text(values: Iterable[float]) -> str:

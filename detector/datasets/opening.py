@@ -9,7 +9,14 @@ from typing import Any
 
 from detector.config import Config, Exif, OnError, SplitConfig, Verify
 from detector.datasets.coco import CocoDataset
-from detector.datasets.coco_json import load_json, other_format, read_annotations, read_categories, read_images
+from detector.datasets.coco_json import (
+    load_json,
+    other_format,
+    read_annotations,
+    read_categories,
+    read_ids,
+    read_images,
+)
 from detector.datasets.inspection import Inspection, inspect_tables
 from detector.datasets.missing_paths import missing_image_hint, nearest_path
 from detector.datasets.problems import WHOLE_DATASET, Problem, examples, group, problem, table, wrap, write_problems
@@ -82,9 +89,13 @@ def inspect_coco(
     if content is None:
         inspection = Inspection(annotations, group(problems))
     else:
-        declared = read_categories(annotations, content["categories"], problems)
-        image_table = read_images(content["images"], problems, with_files=store is not None)
-        annotation_table = read_annotations(content["annotations"], problems)
+        ids = read_ids(content)
+        annotation_table = read_annotations(content["annotations"], ids, problems)
+        declared = read_categories(
+            annotations, content["categories"], ids.categories, problems,
+            used=annotation_table.category_ids, kept=() if categories is None else categories.names,
+        )  # fmt: skip
+        image_table = read_images(content["images"], ids.images, problems, with_files=store is not None)
         del content  # with a large dataset, the parsed JSON is most of this process
         inspection = inspect_tables(
             annotations,
@@ -97,6 +108,7 @@ def inspect_coco(
             exif=exif,
             progress=progress,
             problems=problems,
+            file_ids=ids,
         )
     # A check of nothing must not delete the list of an earlier one.
     if problems_file is not None and (inspection.findings or verify != "none"):

@@ -11,9 +11,10 @@ from detector.datasets.json_columns import is_number, number
 def box_of_segmentation(annotation: dict[str, Any]) -> list[float] | None:
     """Return the xywh box around polygons or a run-length-encoded mask; None where there is no usable one."""
     shape = annotation.get("segmentation")
-    if annotation.get("bbox") is not None:  # a malformed box must be reported, not replaced silently
+    if annotation.get("bbox") not in (None, []):  # a malformed box must be reported, not replaced silently
         return None
     if isinstance(shape, list):
+        shape = [_flat(part) for part in shape] if not all(map(is_number, shape)) else [shape]
         parts = [p for p in shape if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(map(is_number, p))]
         if not parts or len(parts) < len(shape):
             return None
@@ -28,6 +29,13 @@ def box_of_segmentation(annotation: dict[str, Any]) -> list[float] | None:
     if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
         return None
     return _box_of_runs(runs, size[0]) if sum(runs) == size[0] * size[1] else None
+
+
+def _flat(polygon: Any) -> Any:
+    """A polygon of points [[x, y], ...] as [x, y, ...]; anything else as it is."""
+    if isinstance(polygon, list) and polygon and all(isinstance(p, list) and len(p) == 2 for p in polygon):
+        return [value for point in polygon for value in point]
+    return polygon
 
 
 def _decompressed(text: str) -> list[int] | None:
