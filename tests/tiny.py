@@ -170,6 +170,7 @@ def _as_process(
     if short:
         ARCHITECTURES["resnet18"] = SHORT
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # workers of a fork server would import everything again
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +48,7 @@ def worker_notes(num_workers: int) -> SharedArray[np.int64]:
 def start_worker(worker: int, notes: SharedArray[np.int64]) -> None:
     """Prepare a worker: use one thread, and ignore signals, because the main process handles them.
 
-    It needs the last batches to end well. It stops its workers, and they stop by themselves when it has ended.
+    It needs the last batches to end well. It stops its workers, and they end by themselves when it was killed.
 
     Args:
         worker: number of the worker, from 0.
@@ -56,9 +58,21 @@ def start_worker(worker: int, notes: SharedArray[np.int64]) -> None:
     torch.set_num_threads(1)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True, name="end with parent").start()
     notes.array[worker, 2] = os.getpid()
     dataset: Any = torch.utils.data.get_worker_info().dataset  # type: ignore[union-attr]
     dataset.note = WorkerNote(notes.array[worker])
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that reads its batches has ended, however that happens.
+
+    torch's workers watch the process that forked them. That may be a fork server, which lives as long as they do.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def new_zeros(shape: Sequence[int]) -> NDArray[np.uint8]:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from detector.atomic import write_text
 from detector.datasets import loader as loader_module
 from detector.datasets import worker_process, workers
 from detector.datasets.coco import CocoDataset
@@ -29,7 +30,7 @@ from detector.datasets.shared_memory import SharedArray
 from detector.datasets.store import FileStat, FolderStore
 from detector.errors import ImageError, WorkerError
 from detector.structures import Batch
-from tests.tiny import REPO, images_of, write_coco
+from tests.tiny import REPO, images_of, start_process, wait_for, write_coco
 
 
 class OddStore:
@@ -205,6 +206,31 @@ def test_the_thread_that_watches_workers_ends_with_them(annotations: Path) -> No
     del abandoned
     until = time.monotonic() + 20
     while [t.name for t in threading.enumerate()].count("loader workers") > names.count("loader workers"):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def wait_for_a_batch(annotations: Path, method: str, pids: Path) -> None:
+    """Start two workers, write their process ids, and wait for a batch for ever."""
+    multiprocessing.set_start_method(method, force=True)
+    found = batches(odd(annotations, "hang"))
+    next(found)
+    children = multiprocessing.active_children()
+    write_text(" ".join(str(child.pid) for child in children), pids)
+    next(found)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_end_with_a_process_that_is_killed(annotations: Path, method: str, tmp_path: Path) -> None:
+    pids, log = tmp_path / "pids", tmp_path / "log"
+    process = start_process(wait_for_a_batch, (annotations, method, pids), log)
+    wait_for(pids.exists, process, log)
+    workers = [int(pid) for pid in pids.read_text().split()]
+    assert len(workers) == 2
+    process.kill()
+    process.join()
+    until = time.monotonic() + 4  # torch's own workers look every five seconds
+    while any(Path("/proc", str(pid)).exists() for pid in workers):
         assert time.monotonic() < until
         time.sleep(0.05)
 

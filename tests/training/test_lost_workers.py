@@ -39,7 +39,6 @@ def losing_run(folder: Path, data: TinyData, **settings: Any) -> Path:
 
 def train_losing_a_worker(config: Path, out: Path) -> None:
     """A worker is killed after the fifth step."""
-    multiprocessing.set_start_method("fork", force=True)  # those of a fork server would import all of it again
     finish = Run.finish_step
 
     def finish_step(self: Run) -> None:
