@@ -6,8 +6,11 @@ Python's own parser keeps the last of two equal keys silently, which would lose 
 from __future__ import annotations
 
 import gc
+import gzip
+import io
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +19,9 @@ from detector.text import cut, printable, shown
 
 MAX_SEARCHED = 20_000_000
 """Characters in which the place of a repeated key is searched; a slower second pass."""
+
+MAX_UNPACKED_RATIO = 100
+"""Size of unpacked gzip data, in multiples of the packed size. Annotations are packed to a tenth or less."""
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:]', re.DOTALL)
 
@@ -38,7 +44,7 @@ def parse_json(raw: bytes, *, convert: Callable[[dict[str, Any]], Any] | None = 
     """Parse the content of a JSON file.
 
     Args:
-        raw: UTF-8, UTF-16 or UTF-32 with or without a byte order mark.
+        raw: UTF-8, UTF-16 or UTF-32 with or without a byte order mark; compressed with gzip or not.
         convert: called with every object, innermost first; its result takes the object's place.
 
     Raises:
@@ -51,6 +57,8 @@ def parse_json(raw: bytes, *, convert: Callable[[dict[str, Any]], Any] | None = 
             raise _RepeatedKeyError([key for key, _ in pairs])
         return entry if convert is None else convert(entry)
 
+    if raw.startswith(b"\x1f\x8b"):
+        raw = _unpacked(raw)
     try:
         text = raw.decode(json.detect_encoding(raw)).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -67,6 +75,8 @@ def parse_json(raw: bytes, *, convert: Callable[[dict[str, Any]], Any] | None = 
             f"{cut([shown(key, 30) for key in repeated.keys], 6)}; remove or rename one of the two"
         ) from None
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and re.match(r"\s*[{\[]", error.doc[error.pos : error.pos + 99]):
+            raise JsonError("one JSON object per line (JSON Lines, such as a manifest), not one document") from None
         near = printable(error.doc[max(0, error.pos - 30) : error.pos + 30])
         raise JsonError(f"{error.msg} at line {error.lineno}, column {error.colno}, near: {near}") from None
     except RecursionError:
@@ -76,6 +86,19 @@ def parse_json(raw: bytes, *, convert: Callable[[dict[str, Any]], Any] | None = 
     finally:
         if collecting:
             gc.enable()
+
+
+def _unpacked(raw: bytes) -> bytes:
+    """Unpack gzip, at most to `MAX_UNPACKED_RATIO` times its size."""
+    limit = MAX_UNPACKED_RATIO * len(raw)
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+            unpacked = file.read(limit + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise JsonError(f"gzip data that are damaged or cut off ({printable(str(error))})") from None
+    if len(unpacked) > limit:
+        raise JsonError(f"gzip data that unpack to more than {MAX_UNPACKED_RATIO} times their size")
+    return unpacked
 
 
 def _place_of(key: str, text: str) -> str:

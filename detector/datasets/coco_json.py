@@ -18,12 +18,13 @@ from detector.datasets.problems import COCO_FORMAT, Problem, problem
 from detector.datasets.segmentation import box_of_segmentation
 from detector.datasets.tables import NO_ID, AnnotationTable, ImageTable
 from detector.errors import DatasetError
+from detector.file_kinds import LONGEST, other_kind
 from detector.files import os_error_reason, read_bytes
 from detector.json_text import JsonError, RepeatedKeyError, parse_json
 from detector.structures import Categories
 from detector.text import cut, printable, shown
 
-EXPECTED = "expected a COCO annotation file (JSON); if it was downloaded or copied, repeat that"
+EXPECTED = "expected a COCO annotation file (JSON)"
 
 
 def load_json(path: Path) -> Any:
@@ -47,13 +48,9 @@ def _content(path: Path) -> bytes:
         raise DatasetError(f"{path}: no such annotation file{nearest_path(path)}") from None
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read: {os_error_reason(error)}") from error
-    head = raw[:200].lstrip()
-    if head.startswith(b"version https://git-lfs"):
-        raise DatasetError(f"{path}: is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
-    if head.startswith(b"<"):
-        raise DatasetError(f"{path}: XML: {EXPECTED}")
-    if not head and not raw.strip():
-        raise DatasetError(f"{path}: the file is empty; expected a COCO annotation file (JSON)")
+    kind = other_kind(raw[:LONGEST], expected=("gzip",)) or ("is empty" if not raw.strip() else "")
+    if kind:
+        raise DatasetError(f"{path}: {kind}; {EXPECTED}")
     return raw
 
 
@@ -175,9 +172,9 @@ def read_categories(
     ids_by_name: defaultdict[str, list[int]] = defaultdict(list)
     for category_id, name in names.items():
         ids_by_name[name].append(category_id)
-    for name, ids in ids_by_name.items():
-        if len(ids) > 1:
-            ids_of_name = cut([str(i) for i in ids], 8)
+    for name, several in ids_by_name.items():
+        if len(several) > 1:
+            ids_of_name = cut([str(i) for i in several], 8)
             mistakes.append(f"category name {shown(name)} must belong to one id, got ids {ids_of_name}")
     if not declared:
         mistakes.append('"categories" must declare at least one class, got none')

@@ -47,7 +47,7 @@ class Ids:
     def __init__(self, declared: Iterable[Any] = ()) -> None:
         self.originals: dict[int, Any] = {}
         """The id as it stands in the file, where that is not an integer of 64 bits."""
-        self._numbers: dict[int | str, int] = {}
+        self._numbers: dict[int | str | None, int] = {}
         declared = list(declared)
         if set(map(type, declared)) <= {int} and all(map(fits, declared)):
             return
@@ -76,7 +76,8 @@ class Ids:
             except OverflowError:
                 pass
         keys = [id_key(value) for value in values]
-        read = [key if fits(key) else self._numbers.get(key) if key is not None else None for key in keys]
+        given = set(self._numbers.values())  # which stand for other ids, and are none of the file's
+        read = [self._numbers.get(key) if not fits(key) else None if key in given else key for key in keys]
         bad = np.array([number is None for number in read], bool)
         other = np.array([type(v) is not int and fits(k) for v, k in zip(values, keys, strict=True)], bool)
         return np.array([number or 0 for number in read], np.int64), bad, other

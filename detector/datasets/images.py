@@ -40,6 +40,7 @@ from detector.datasets.image_budget import (
 )
 from detector.datasets.store import FILES, ImageStore
 from detector.errors import ImageError, RunError
+from detector.file_kinds import LONGEST, other_kind
 from detector.files import os_error_remedy
 from detector.text import printable
 
@@ -243,15 +244,12 @@ def _reason(file: BinaryIO, error: Exception) -> str:
         return why_unreadable(error)
     try:
         file.seek(0)
-        head = file.read(64).lstrip().lower()
+        head = file.read(LONGEST)
     except OSError as unreadable:
         return why_unreadable(unreadable)
-    if not head:
-        return "the file is empty"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the image itself (fetch it with `git lfs pull`)"
-    if head.startswith((b"<!doctype html", b"<html")):
-        return "is a web page, not an image (a failed download)"
+    kind = other_kind(head, expected=("JPEG", "PNG"))
+    if kind:
+        return kind
     if isinstance(error, UnidentifiedImageError):
         return f"is no image of a known format ({', '.join(FORMATS)})"
     if isinstance(error, Image.DecompressionBombError):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +13,8 @@ from numpy.typing import NDArray
 
 from detector.atomic import write_text
 from detector.boxes import xyxy_to_xywh
-from detector.errors import ResultsError
-from detector.files import os_error_reason, read_bytes
-from detector.json_text import JsonError, parse_json
-from detector.structures import Categories, Detections, GroundTruth
-from detector.text import MAX_MESSAGE, as_many_as_fit, cut, shown
+from detector.datasets.ids import FileIds
+from detector.structures import Categories, Detections
 
 
 @dataclass(frozen=True)
@@ -102,124 +96,20 @@ def detections_to_results(image_id: int, detections: Detections, categories: Cat
     )
 
 
-def write_results(path: Path, results: CocoResults) -> None:
-    """Write a COCO results file, one detection per line; readers see either the old file or the complete new one."""
-    write_text("[" + ",".join("\n" + json.dumps(record) for record in results.to_json_records()) + "\n]\n", path)
+def write_results(path: Path, results: CocoResults, file_ids: FileIds | None = None) -> None:
+    """Write a COCO results file, one detection per line; readers see either the old file or the complete new one.
 
-
-def load_results(path: Path, ground_truth: GroundTruth) -> CocoResults:
-    """Read a COCO results file and validate it against the annotations. An empty list is valid.
-
-    Raises:
-        ResultsError: lists every problem of the file.
+    Args:
+        path: of the file.
+        results: the detections.
+        file_ids: the ids as the annotations write them; None: as integers.
     """
-    try:
-        records = parse_json(read_bytes(path))
-    except OSError as error:
-        raise ResultsError(f"{path} must be a readable file, got: {os_error_reason(error)}") from error
-    except JsonError as error:
-        raise ResultsError(f"{path} must be JSON, got: {error}. Was it written completely?") from error
-    if not isinstance(records, list):
-        keys = cut([shown(key) for key in islice(records, 8)], 8) if isinstance(records, dict) else ""
-        got = f"an object with the keys {keys}" if keys else shown(records)
-        raise ResultsError(
-            f"{path} must be a COCO results file, a list of {_RECORD}, got {got}. "
-            "(Annotations belong in the config, under data.)"
-        )
-    problems = _problems(records, ground_truth)
-    if problems:
-        raise ResultsError(
-            f"{path} must be a COCO results file for these annotations, got {len(records)} results with problems:\n"
-            + "\n".join(as_many_as_fit([f"- {p}" for p in problems], MAX_MESSAGE - 500))
-        )
-    n = len(records)
-    return CocoResults(
-        np.array([r["image_id"] for r in records], np.int64),
-        np.array([r["category_id"] for r in records], np.int64),
-        np.array([r["bbox"] for r in records], np.float64).reshape(n, 4),
-        np.array([r["score"] for r in records], np.float64),
-    )
-
-
-_KEYS = ("image_id", "category_id", "bbox", "score")
-_RECORD = '{"image_id", "category_id", "bbox": [x, y, width, height], "score"}'
-
-
-def _problems(records: list[Any], ground_truth: GroundTruth) -> list[str]:
-    """Summarize the problems of a results file, one line per kind: the number, the first three cases, the remedy."""
-    image_ids = set(ground_truth.image_ids.tolist())
-    category_ids = set(ground_truth.categories.ids)
-    counts: Counter[str] = Counter()
-    cases_of: defaultdict[str, list[str]] = defaultdict(list)  # the first three of each kind
-    for i, record in enumerate(records):
-        for kind, case in _problems_of_record(record, image_ids, category_ids):
-            counts[kind] += 1
-            if counts[kind] <= 3:
-                cases_of[kind].append(f"{shown(case)} (result {i})")
-    if not counts:
-        return []
-
-    used = (r["category_id"] for r in records if isinstance(r, dict) and _is_id(r.get("category_id")))
-    use_ids = "write the category ids of the annotation file"
-    if all(0 <= category_id < len(category_ids) for category_id in used):
-        use_ids = f"these look like class indices 0..{len(category_ids) - 1}: write each class's category id instead"
-    remedies = {
-        "not an object": f"every result must be {_RECORD}",
-        "masks without bbox": "these are segmentation results, and boxes are scored here; export a bbox for each",
-        "keys missing": f"every result must be {_RECORD}",
-        "image_id not an integer": "image ids must be those of the annotation file",
-        "image_id unknown": f"the annotations hold {len(image_ids)} images with ids {brief_list(image_ids)}; "
-        "score the split that these results were made on",
-        "category_id not an integer": "category ids must be those of the annotation file",
-        "category_id unknown": f"the annotations declare the ids {brief_list(category_ids)}; {use_ids}",
-        "score not finite": "scores must be finite numbers; a model that diverged gives nan",
-        "bbox not four numbers": "bbox must be [x, y, width, height]",
-        "bbox not finite": "boxes must be finite numbers; a model that diverged gives nan",
-        "bbox negative": "width and height must be at least 0; bbox is [x, y, width, height], not two corners",
-    }
-    return [
-        f"{kind}, {counts[kind]} times: {', '.join(cases_of[kind])}{', ...' if counts[kind] > 3 else ''}; {remedy}"
-        for kind, remedy in remedies.items()
-        if counts[kind]
-    ]
-
-
-def _problems_of_record(record: object, image_ids: set[int], category_ids: set[int]) -> Iterator[tuple[str, object]]:
-    """Yield each problem of one result as its kind (a key of the remedies) and the offending value."""
-    if not isinstance(record, dict):
-        yield "not an object", record
-        return
-    missing = [key for key in _KEYS if key not in record]
-    if missing == ["bbox"] and "segmentation" in record:
-        yield "masks without bbox", list(record)
-    elif missing:
-        yield "keys missing", missing
-    for key, known in (("image_id", image_ids), ("category_id", category_ids)):
-        if key in record and not _is_id(record[key]):
-            yield f"{key} not an integer", record[key]
-        elif key in record and record[key] not in known:
-            yield f"{key} unknown", record[key]
-    if "score" in record and not _is_finite(record["score"]):
-        yield "score not finite", record["score"]
-    if "bbox" in record:
-        box = record["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
-            yield "bbox not four numbers", box
-        elif not (all(map(_is_finite, box)) and _is_finite(float(box[2]) * float(box[3]))):
-            yield "bbox not finite", box
-        elif box[2] < 0 or box[3] < 0:
-            yield "bbox negative", box
-
-
-def _is_finite(value: object) -> bool:
-    # The comparison also holds for integers beyond the range of float, for which math.isfinite raises.
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and -sys.float_info.max <= value <= sys.float_info.max  # type: ignore[operator]
-
-
-def _is_id(value: object) -> bool:
-    """Whether a value is an integer or an integral float, which some exporters write and pycocotools accepts."""
-    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
+    records = results.to_json_records()
+    if file_ids is not None and (file_ids.images.originals or file_ids.categories.originals):
+        for record in records:
+            record["image_id"] = file_ids.images.original(record["image_id"])
+            record["category_id"] = file_ids.categories.original(record["category_id"])
+    write_text("[" + ",".join("\n" + json.dumps(record) for record in records) + "\n]\n", path)
 
 
 def brief_list(values: Collection[int]) -> str:

@@ -17,9 +17,11 @@ from detector.datasets.coco import CocoDataset
 from detector.datasets.opening import open_split, read_coco
 from detector.errors import ConfigError
 from detector.evaluation.coco_metrics import Metrics, evaluate, ground_truth_warnings
-from detector.evaluation.coco_results import CocoResults, load_results, write_results
+from detector.evaluation.coco_results import CocoResults, write_results
 from detector.evaluation.evaluate import evaluate_model
+from detector.evaluation.results_file import load_results
 from detector.inference.predictor import model_of
+from detector.text import printable
 
 Split = Literal["val", "test"]
 
@@ -54,7 +56,7 @@ def score_checkpoint(config: Config, checkpoint: Path, *, split: Split, output_d
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )  # fmt: skip
         if main:
-            _write(metrics, results, output_dir)
+            _write(metrics, results, dataset, output_dir)
     return metrics
 
 
@@ -99,10 +101,14 @@ def score_results_file(config: Config, detections: Path, *, split: Split, output
     dataset = read_coco(Path(split_config(config, split).annotations), None, on_error=config.data.on_error)
     _print_summary(dataset, config, Console(highlight=False, soft_wrap=True))
     ground_truth = dataset.ground_truth()
-    results = load_results(detections, ground_truth)
+    notes: list[str] = []
+    file_names = [dataset.file_name(i) for i in range(len(dataset))]
+    results = load_results(detections, ground_truth, file_ids=dataset.file_ids, file_names=file_names, notes=notes)
+    for note in notes:
+        print(f"note: {printable(note)}")
     metrics = evaluate(ground_truth, results, engine=config.eval.engine, max_dets=config.eval.max_dets)
     make_folder(output_dir)
-    _write(metrics, results, output_dir)
+    _write(metrics, results, dataset, output_dir)
     return metrics
 
 
@@ -127,7 +133,7 @@ def _print_summary(dataset: CocoDataset, config: Config, console: Console) -> No
         console.print(f"warning: {line}", style="yellow", markup=False)
 
 
-def _write(metrics: Metrics, results: CocoResults, output_dir: Path) -> None:
-    write_results(output_dir / "detections.json", results)
+def _write(metrics: Metrics, results: CocoResults, dataset: CocoDataset, output_dir: Path) -> None:
+    write_results(output_dir / "detections.json", results, dataset.file_ids)
     (output_dir / "metrics.json").unlink(missing_ok=True)  # on a full disk, those of other detections must not stay
     write_json(metrics.to_json(), output_dir / "metrics.json")

@@ -16,7 +16,7 @@ from detector.checkpoint import load_checkpoint
 from detector.config_yaml import load_config
 from detector.datasets.opening import read_coco
 from detector.errors import CheckpointError, ConfigError, RunError
-from detector.evaluation.coco_results import load_results
+from detector.evaluation.results_file import load_results
 from detector.evaluation.score import score_checkpoint, split_config
 from detector.experiments.arm import Arm
 from detector.experiments.bootstrap import draw_counts, match_classes, resampled_ap
@@ -141,7 +141,7 @@ def add_run(arm: Arm, key: str, run: Path, *, replicates: int = REPLICATES) -> s
     if not detections.exists():
         return "no detections.json, so no bootstrap over images (tools/compare.py --detect writes it)"
     ground_truth = dataset.ground_truth()
-    results = load_results(detections, ground_truth)
+    results = load_results(detections, ground_truth, file_ids=dataset.file_ids)
     matched = match_classes(ground_truth, results, max_dets=config.eval.max_dets[-1])
     ap = float(resampled_ap(matched, np.ones((1, len(dataset)), np.int64))[0])
     if abs(ap - metrics["AP"]) > 0.002:  # on a GPU, scores may differ in the last bits

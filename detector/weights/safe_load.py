@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from detector.errors import WeightsError
+from detector.file_kinds import LONGEST, other_kind
 from detector.files import open_regular, os_error_reason
 from detector.text import printable
 from detector.weights.pickle_names import DTYPES, Budget, tensor_of
@@ -66,6 +67,9 @@ def read_content(path: Path, *, mmap: bool = False) -> Any:
         raise WeightsError(f"weights file must end in {', '.join(SUFFIXES)}, got {shown_path}")
     try:
         with open_regular(path) as file:
+            kind = other_kind(file.read(LONGEST), expected=("zip archive",))
+            if kind:
+                raise WeightsError(f"weights file {shown_path} {kind}")
             return _read(file, path, map_file=mmap)
     except FileNotFoundError:
         raise WeightsError(f"weights file {shown_path} does not exist") from None

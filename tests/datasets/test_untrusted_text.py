@@ -17,7 +17,8 @@ from detector.datasets.opening import read_coco
 from detector.datasets.problems import group, problem, write_problems
 from detector.errors import DatasetError, ResultsError, UserError
 from detector.evaluation.coco_metrics import evaluate
-from detector.evaluation.coco_results import CocoResults, load_results
+from detector.evaluation.coco_results import CocoResults
+from detector.evaluation.results_file import load_results
 from detector.structures import Categories
 from detector.text import MAX_MESSAGE
 from tests.datasets.coco_files import Json, Make, kinds, minimal, with_entry

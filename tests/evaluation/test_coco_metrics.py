@@ -21,7 +21,8 @@ from pycocotools.cocoeval import COCOeval
 
 from detector.errors import ResultsError, RunError, UserError
 from detector.evaluation.coco_metrics import Metrics, evaluate, ground_truth_warnings
-from detector.evaluation.coco_results import CocoResults, detections_to_results, load_results, write_results
+from detector.evaluation.coco_results import CocoResults, detections_to_results, write_results
+from detector.evaluation.results_file import load_results
 from detector.structures import Categories, Detections, GroundTruth
 from tests.tiny import REPO
 

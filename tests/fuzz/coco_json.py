@@ -16,7 +16,8 @@ from detector.dataset_tools.stratify import split_file, write_folds
 from detector.datasets.coco import CocoDataset
 from detector.datasets.opening import read_coco
 from detector.evaluation.coco_metrics import evaluate
-from detector.evaluation.coco_results import CocoResults, load_results
+from detector.evaluation.coco_results import CocoResults
+from detector.evaluation.results_file import load_results
 from detector.structures import Categories
 from tests.fuzz.mutations import ODD_NUMBERS, ODD_TEXTS, encoded, json_text, mutate, mutate_bytes, odd_value
 from tests.fuzz.server import is_harmless
