@@ -558,7 +558,7 @@ def test_a_missing_engine_is_reported_with_the_other_one(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
-        UserError, match=rf"eval.engine must be installed, got {engine}: .*pip install {engine}, .*={other}"
+        UserError, match=rf"eval.engine={engine} needs {engine}: .*pip install {engine}, .*={other}"
     ):
         evaluate(make_ground_truth([], [1]), make_results([]), engine=engine)
 
