@@ -18,7 +18,7 @@ from detector.atomic import write_text
 from detector.boxes import xyxy_to_xywh
 from detector.errors import ResultsError
 from detector.files import os_error_reason, read_bytes
-from detector.json_text import JsonError, parse_json
+from detector.json_text import JsonError, RepeatedKeyError, parse_json
 from detector.structures import Categories, Detections, GroundTruth
 from detector.text import MAX_MESSAGE, as_many_as_fit, cut, shown
 
@@ -118,7 +118,8 @@ def load_results(path: Path, ground_truth: GroundTruth) -> CocoResults:
     except OSError as error:
         raise ResultsError(f"{path} must be a readable file, got: {os_error_reason(error)}") from error
     except JsonError as error:
-        raise ResultsError(f"{path} must be JSON, got: {error}. Was it written completely?") from error
+        whole = "" if isinstance(error, RepeatedKeyError) else ". Was it written completely?"
+        raise ResultsError(f"{path} must be JSON, got: {error}{whole}") from error
     if not isinstance(records, list):
         keys = cut([shown(key) for key in islice(records, 8)], 8) if isinstance(records, dict) else ""
         got = f"an object with the keys {keys}" if keys else shown(records)

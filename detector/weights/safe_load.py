@@ -66,6 +66,8 @@ def read_content(path: Path, *, mmap: bool = False) -> Any:
         raise WeightsError(f"weights file must end in {', '.join(SUFFIXES)}, got {shown_path}")
     try:
         with open_regular(path) as file:
+            if not file.seek(0, os.SEEK_END):
+                raise WeightsError(f"weights file {shown_path} is empty")
             return _read(file, path, map_file=mmap)
     except FileNotFoundError:
         raise WeightsError(f"weights file {shown_path} does not exist") from None
@@ -176,8 +178,8 @@ def error_summary(error: BaseException) -> str:
     """Return the informative line of an error; torch's long messages are mostly advice to load the file regardless."""
     lines = [printable(line.strip(), 500) for line in str(error).splitlines()]
     informative = [line for line in lines if line and "weights_only" not in line and "Weights only load" not in line]
-    if not informative:
-        return type(error).__name__
+    if not informative or isinstance(error, LookupError):  # whose text is only the key
+        return type(error).__name__ + "".join(f" {line}" for line in informative[:1])
     summary = informative[0].removeprefix("WeightsUnpickler error: ")
     for advice in (" Please use", ". This is an internal miniz error"):
         summary = summary.partition(advice)[0]
