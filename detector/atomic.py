@@ -68,8 +68,9 @@ def atomic_file(
         if cause is None and "writ" not in str(error).lower():  # a RuntimeError of something else, such as CUDA
             raise
         reason = getattr(cause, "strerror", None) or error
-        remedy = os_error_remedy(cause) or "; free disk space, or write to another folder"
-        raise RunError(f"{path} cannot be written: {reason}; an older version of it is unchanged{remedy}") from error
+        remedy = os_error_remedy(cause) if cause is not None else "; free disk space, or write to another folder"
+        older = "; an older version of it is unchanged" if path.is_file() else ""
+        raise RunError(f"{path} cannot be written: {reason}{older}{remedy}") from (cause or error)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

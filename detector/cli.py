@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from detector.errors import CheckpointError, Interrupted, ReportedElsewhere, UserError
-from detector.files import os_error_text
+from detector.files import os_error_reason, os_error_text, require_regular
 from detector.text import printable_lines
 
 
@@ -119,12 +119,17 @@ def require_checkpoint(path: Path) -> None:
     """Check that a checkpoint file exists, before torch, which reads it, is loaded.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: it does not, or is no regular file.
     """
-    if not path.is_file():
+    try:
+        require_regular(os.stat(path).st_mode, path)
+    except FileNotFoundError:
         near = sorted(path.parent.glob("**/*.pt"))[:3] if path.parent.is_dir() else []
         hint = f"; there is {', '.join(map(str, near))}" if near else ""
-        raise CheckpointError(f"checkpoint {path} does not exist{hint}")
+        raise CheckpointError(f"checkpoint {path} does not exist{hint}") from None
+    except (OSError, ValueError) as error:
+        reason = os_error_reason(error) if isinstance(error, OSError) else str(error)
+        raise CheckpointError(f"checkpoint {path} cannot be read: {reason}") from None
 
 
 def package_folder(name: str) -> Path:

@@ -27,7 +27,7 @@ from detector.config_formats import FORMAT, MOVED, KeyPath, require_known, upgra
 from detector.errors import ConfigError
 from detector.files import os_error_reason, read_bytes
 from detector.text import printable, shown
-from detector.yaml_text import MAX_CHARACTERS, Dumper, is_bounded, parse_yaml
+from detector.yaml_text import MAX_CHARACTERS, MAX_DEPTH, Dumper, is_bounded, parse_yaml
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -256,6 +256,9 @@ def _apply_override(tree: ConfigTree, override: str) -> None:
     key, sign, text = override.partition("=")
     parts = tuple(key.strip().split("."))
     field = field_at(parts)
+    if len(parts) > MAX_DEPTH or any(0xD800 <= ord(c) < 0xE000 for c in override):  # bytes that are not UTF-8
+        tree.mistakes.append(((), f"override must be key=value, in UTF-8, got {shown(override, 100)}"))
+        return
     is_text = field is not None and field.annotation in (str, str | None)
     if not sign or not all(parts) or not (text if is_text else text.partition("#")[0]).strip():
         message = f"override must be key=value, for example train.epochs=3, got {shown(override, 100)}"

@@ -1,9 +1,9 @@
-"""Recognize what a file is that is not what was expected: the usual results of downloads and copies gone wrong."""
+"""Recognize what a file is that is not what was expected: the usual results of failed downloads and copies."""
 
 from __future__ import annotations
 
 LONGEST = 512
-"""Bytes from the start of a file that are looked at."""
+"""Bytes from the start of a file that are compared."""
 
 _STARTS: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),

@@ -29,6 +29,9 @@ _REMEDIES = {
     errno.EMFILE: "raise the limit of open files with `ulimit -n 4096`",
     errno.ENFILE: "close other programs, which have too many files open",
     errno.ELOOP: "the link leads to itself; remove it",
+    errno.EISDIR: "a folder has its name; remove or rename that",
+    errno.ENOTDIR: "a file stands where one of its folders should be; remove or rename that",
+    errno.EEXIST: "a file stands where one of its folders should be; remove or rename that",
     errno.EIO: "the disk or the network file system has a fault; check it",
     errno.ESTALE: "the network file system lost the file; mount it again",
 }

@@ -150,8 +150,12 @@ def parse_yaml(text: str, source: str) -> ParsedYaml:
         own = isinstance(error, ConstructorError | ComposerError)
         remedy = "" if own else "; check for a missing colon, space or bracket"
         raise ConfigError(f"{place}: invalid YAML: {problem}{remedy}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: invalid YAML: {printable(str(error), 300)}") from None
+    except (yaml.YAMLError, OverflowError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        # PyYAML's own conversions, such as of \UFFFFFFFF, fail with Python's errors, which have no mark.
+        place = source if isinstance(error, yaml.YAMLError) else f"{source}:{loader.get_mark().line + 1}"
+        raise ConfigError(f"{place}: invalid YAML: {printable(str(error), 300)}") from None
     finally:
         loader.dispose()
 

@@ -807,3 +807,10 @@ def test_the_config_of_a_checkpoint_has_the_budget_of_a_file() -> None:
     for values in (nested, {"data": {"augment": [{"x": {"y": [0] * 600_000}}]}}):
         with pytest.raises(ConfigError, match="its config is too large, or nested too deeply"):
             config_from_dict(values, "x.pt")
+
+
+@pytest.mark.parametrize("override", ["a." * 5000 + "b=1", "data.train.images=/tmp/\udcff"])
+def test_an_override_that_no_config_can_hold_is_an_error(override: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("train: {epochs: 1}")
+    with pytest.raises(ConfigError, match="override must be key=value, in UTF-8, got"):
+        load_config(tmp_path / "c.yaml", [override])

@@ -46,6 +46,9 @@ def test_a_value_is_that_of_yaml_1_2(text: str, value: Any) -> None:
     [
         ("a: 1\nb: !!int abc", "x:2: invalid YAML: !!int must not stand before 'abc'"),
         ("a: !!int ''", "x:1: invalid YAML: !!int must not"),
+        ('a: 1\nb: "\\UFFFFFFFF"', "x:2: invalid YAML: "),
+        ('b: "\\U00110000"', "x:1: invalid YAML: "),
+        (f"%YAML 1.{'9' * 5000}\n---\na: 1", "x:1: invalid YAML: "),
         ("a: !!int 010", "x:1: invalid YAML: !!int must not"),
         ("a: !!bool maybe", "x:1: invalid YAML: !!bool must not stand before 'maybe'"),
         ("a: !!float 0x1f", "x:1: invalid YAML: !!float must not"),

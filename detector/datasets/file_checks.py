@@ -79,6 +79,10 @@ def _unsafe(name: str, store: ImageStore) -> str | None:
         return "file_name is empty"
     if "\0" in name or not _encodable(name):
         return "file_name has characters that no file name can have"
+    if any(len(os.fsencode(part)) > 255 for part in name.split("/")):
+        return "file_name is longer than file systems allow"
+    if name.endswith(("/", "/.")) or name == ".":
+        return "file_name names a folder"
     if name[0] in "/\\" or re.match(r"[A-Za-z]:[\\/]", name):
         return "file_name must be relative to the image folder"
     if ".." in name and ".." in re.split(r"[\\/]", name) and isinstance(store, FolderStore):

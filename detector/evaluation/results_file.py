@@ -18,7 +18,7 @@ from detector.errors import ResultsError
 from detector.evaluation.coco_results import CocoResults, brief_list
 from detector.file_kinds import LONGEST, other_kind
 from detector.files import os_error_reason, read_bytes
-from detector.json_text import JsonError, parse_json
+from detector.json_text import JsonError, RepeatedKeyError, parse_json
 from detector.structures import GroundTruth
 from detector.text import MAX_MESSAGE, as_many_as_fit, cut, printable, shown
 
@@ -81,7 +81,8 @@ def _records(path: Path) -> list[Any]:
     except OSError as error:
         raise ResultsError(f"{path} must be a readable file, got: {os_error_reason(error)}") from error
     except JsonError as error:
-        raise ResultsError(f"{path} must be JSON, got: {error}. Was it written completely?") from error
+        whole = "" if isinstance(error, RepeatedKeyError) else ". Was it written completely?"
+        raise ResultsError(f"{path} must be JSON, got: {error}{whole}") from error
     if not isinstance(records, list):
         keys = cut([shown(key) for key in islice(records, 8)], 8) if isinstance(records, dict) else ""
         got = f"an object with the keys {keys}" if keys else shown(records)

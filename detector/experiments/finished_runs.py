@@ -7,11 +7,9 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from detector.atomic import read_json
 from detector.checkpoint import load_checkpoint
 from detector.config_yaml import load_config
 from detector.datasets.opening import read_coco
@@ -20,7 +18,7 @@ from detector.evaluation.results_file import load_results
 from detector.evaluation.score import score_checkpoint, split_config
 from detector.experiments.arm import Arm
 from detector.experiments.bootstrap import draw_counts, match_classes, resampled_ap
-from detector.reports.records import is_number
+from detector.reports.records import read_metrics
 from detector.text import printable
 
 REPLICATES = 500
@@ -45,23 +43,6 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
             )
         runs.update(dict.fromkeys(found))
     return list(runs)
-
-
-def read_metrics(path: Path) -> dict[str, Any]:
-    """Read the metrics of a run on its validation set from metrics.json.
-
-    Raises:
-        RunError: the file cannot be read, or is damaged.
-    """
-    content = read_json(path)
-    content = content if isinstance(content, dict) else {}
-    numbers = {key: value for key, value in content.items() if is_number(value)}
-    rows = content.get("per_class")
-    rows = rows if isinstance(rows, list) else [None]
-    complete = all(isinstance(r, dict) and isinstance(r.get("name"), str) and is_number(r.get("AP")) for r in rows)
-    if not complete or not {"AP", "AP50"} <= numbers.keys():
-        raise RunError(f"{path} must hold AP, AP50 and per_class, as an evaluation writes them; it may be damaged")
-    return {**numbers, "per_class": [{**row, "name": printable(row["name"])} for row in rows]}
 
 
 def is_finished(run: Path) -> bool:

@@ -22,7 +22,6 @@ from detector.atomic import make_folder, write_json
 from detector.dataset_tools.stratify import Fold, write_folds
 from detector.errors import Interrupted, RunError
 from detector.experiments.compare import Comparison
-from detector.experiments.finished_runs import read_metrics
 from detector.experiments.run_process import (
     Commands,
     error_from_log,
@@ -35,6 +34,7 @@ from detector.experiments.search_space import RunKey, SweepPlan, study_definitio
 from detector.experiments.statistics import require_packages
 from detector.experiments.study import PRUNED_SHARE, STEPS_PER_RUN, SweepStudy, require_same_study, storage_error
 from detector.experiments.sweep_results import write_results
+from detector.reports.records import read_metrics
 from detector.training.logger import duration
 from detector.training.signals import stop_on_signal
 

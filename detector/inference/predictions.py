@@ -132,8 +132,8 @@ class Summary:
     def report(self) -> str:
         """Lines about what did not go as usual; empty if nothing."""
         lines = [f"warning: {text}" for text in self.warnings]
-        counts = [f"{self.unreadable} inputs are unreadable"] * bool(self.unreadable)
-        counts += [f"{self.undrawn} images are not drawn"] * bool(self.undrawn)
+        counts = [_are(self.unreadable, "input", "unreadable")] * bool(self.unreadable)
+        counts += [_are(self.undrawn, "image", "not drawn")] * bool(self.undrawn)
         if counts:
             more = self.unreadable + self.undrawn - len(self.problems)
             lines.append(f"error: {' and '.join(counts)}:")
@@ -148,6 +148,10 @@ class Summary:
         """Keep one of the first problems."""
         if len(self.problems) < SHOWN:
             self.problems.append(text)
+
+
+def _are(count: int, what: str, how: str) -> str:
+    return f"{count} {what}{'s are' if count != 1 else ' is'} {how}"
 
 
 def predict_to_folder(
@@ -308,7 +312,7 @@ class _Lines:
             self._file = open(self.path, "wb", buffering=0)
         except OSError as error:
             text = os_error_text(error, self.path)
-            raise RunError(f"--output-dir must be a folder to write in, got {text}") from error
+            raise RunError(f"--output-dir must be a folder to write in, but {text}") from error
         return self
 
     def __exit__(self, *_: object) -> None:

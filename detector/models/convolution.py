@@ -48,10 +48,23 @@ class FrozenBatchNorm2d(nn.Module):
         return f"{len(self.weight)}, eps={self.eps}"
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalization that is defined for a single value per group, too.
+
+    torch refuses a batch of one image whose level has one cell, if every group has one channel: its variance is 0, and
+    the result the bias.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        cudnn = torch.backends.cudnn.enabled
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, cudnn)
+
+
 def norm_layer(norm: Norm, eps: float) -> Callable[[int], nn.Module]:
     """The constructor of a normalization layer, which takes the number of channels."""
     if norm == "gn":
-        return partial(nn.GroupNorm, 32, eps=eps)
+        return partial(GroupNorm, 32, eps=eps)
     return partial({"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d, "sync_bn": nn.SyncBatchNorm}[norm], eps=eps)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from detector.config import HeadNorm
-from detector.models.convolution import conv_relu
+from detector.models.convolution import GroupNorm, conv_relu
 
 
 class Subnet(nn.Module):
@@ -48,7 +48,7 @@ class Subnet(nn.Module):
         for _ in range(depth):
             self.tower.append(nn.Conv2d(in_channels, channels, 3, padding=1, bias=norm == "none" or bias_before_norm))
             if norm == "gn":
-                self.tower.append(nn.GroupNorm(32, channels))
+                self.tower.append(GroupNorm(32, channels))
             self.tower.append(nn.ReLU(inplace=True))
             in_channels = channels
         self.predictor = nn.Conv2d(in_channels, num_anchors * outputs, 3, padding=1)

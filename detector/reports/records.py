@@ -1,4 +1,4 @@
-"""Read metrics.jsonl: the records of a run, of which some may be cut off or damaged."""
+"""Read the records of a run, metrics.jsonl, and its results, metrics.json; either may be cut off or damaged."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from detector.atomic import read_json
 from detector.errors import RunError
 from detector.files import os_error_reason, read_bytes
 from detector.json_text import JsonError, parse_json
+from detector.text import printable
 
 MAX_NUMBER = 1e15
 """Larger steps, epochs, losses and metrics are no measurements."""
@@ -66,3 +68,30 @@ def _record(line: bytes) -> dict[str, Any] | None:
 def is_number(value: object) -> bool:
     """Whether a value is a number that a measurement can be."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -MAX_NUMBER <= value <= MAX_NUMBER
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Read the metrics of a run on its validation set from metrics.json.
+
+    Raises:
+        RunError: the file cannot be read, or is damaged.
+    """
+    content = read_json(path)
+    content = content if isinstance(content, dict) else {}
+    require_metrics(content, path)
+    numbers = {key: value for key, value in content.items() if is_number(value)}
+    return {**numbers, "per_class": [{**row, "name": printable(row["name"])} for row in content["per_class"]]}
+
+
+def require_metrics(content: object, path: Path) -> None:
+    """Check that parsed JSON holds what an evaluation writes.
+
+    Raises:
+        RunError: it does not, and names the file.
+    """
+    content = content if isinstance(content, dict) else {}
+    rows = content.get("per_class")
+    rows = rows if isinstance(rows, list) else [None]
+    complete = all(isinstance(r, dict) and isinstance(r.get("name"), str) and is_number(r.get("AP")) for r in rows)
+    if not complete or not all(is_number(content.get(key)) for key in ("AP", "AP50")):
+        raise RunError(f"{path} must hold AP, AP50 and per_class, as an evaluation writes them; it may be damaged")

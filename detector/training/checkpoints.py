@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,12 @@ LAST, BEST, MODEL = "last.pt", "best.pt", "model.pt"
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0
 """Seconds between attempts to write; the pause doubles from one to the next."""
+HURRIED_TIMEOUT = 10.0
+"""Seconds for further attempts from a signal on: those who send one kill the process soon."""
+
+
+_LASTING = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+"""Errors that no waiting ends."""
 
 
 def checkpoint_folder(output_dir: Path) -> Path:
@@ -35,7 +43,7 @@ def resumable(output_dir: Path) -> list[Path]:
     """The checkpoints that a run can be resumed from, the newest first."""
     folder = checkpoint_folder(output_dir)
     before = sorted(folder.glob("last-*.pt"), key=lambda path: (len(path.name), path.name))
-    return [path for path in (folder / LAST, *before, folder / BEST) if path.is_file()]
+    return [path for path in (folder / LAST, *before, folder / BEST) if os.path.lexists(path)]
 
 
 def load_newest(output_dir: Path) -> tuple[TrainState, Path, list[str]] | None:
@@ -129,34 +137,46 @@ def weights_only(state: TrainState) -> TrainState:
 
 
 def write_with_retries(
-    write: Callable[[], None], *, timeout: float, saved_step: int | None, warn: Callable[[str], None]
+    write: Callable[[], None],
+    *,
+    timeout: float,
+    saved_step: int | None,
+    warn: Callable[[str], None],
+    hurry: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Call a function that writes files, again and again where the file system refuses.
+    """Call a function that writes files, again and again where the file system refuses for a reason that may pass.
 
     Args:
         write: raises RunError where it cannot write.
         timeout: seconds after which no further attempt is made.
         saved_step: step of the last complete checkpoint; None: there is none.
         warn: called with a warning after the first failed attempt.
+        hurry: whether there is little time, because a signal asked the process to end.
 
     Raises:
         RunError: none of the attempts succeeded; the message states which checkpoint is safe.
     """
     deadline = time.monotonic() + timeout
-    pause = FIRST_PAUSE
+    pause, hurries = FIRST_PAUSE, False
     while True:
         try:
             return write()
         except RunError as error:
+            if hurry() and not hurries:
+                hurries, deadline = True, min(deadline, time.monotonic() + HURRIED_TIMEOUT)
             remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            lasts = isinstance(error.__cause__, OSError) and error.__cause__.errno in _LASTING
+            if remaining <= 0 or lasts:
                 safe = "no checkpoint was saved before"
                 if saved_step is not None:
                     safe = f"the checkpoint of step {saved_step:,} is safe"
-                raise RunError(f"{error}; tried for {timeout:g} s (train.save_timeout); {safe}") from error
+                tried = f"; tried for {timeout:g} s (train.save_timeout)" if remaining <= 0 else ""
+                raise RunError(f"{error}{tried}; {safe}") from error
             if pause == FIRST_PAUSE:
                 warn(f"{error}; trying again for {timeout:g} s")
-            time.sleep(min(pause, remaining))
+            next_attempt = time.monotonic() + min(pause, remaining)
+            while time.monotonic() < next_attempt and (hurries or not hurry()):
+                time.sleep(min(0.1, pause))
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
@@ -192,7 +212,7 @@ def require_room(output_dir: Path, learner: Learner, *, optimizer: str, keep: in
     full = weights * (2 if learner.ema is not None else 1) + trained * {"sgd": 1, "adamw": 2}[optimizer]
     needed = full * (keep + 2) + weights  # the last ones, the best, one that is being written, and model.pt
     folder = checkpoint_folder(output_dir)
-    existing = sum(path.stat().st_size for path in folder.glob("*.pt"))
+    existing = sum(path.lstat().st_size for path in folder.glob("*.pt"))
     try:
         free = shutil.disk_usage(folder).free
     except OSError:

@@ -16,6 +16,7 @@ from detector import distributed
 from detector.atomic import make_folder
 from detector.errors import RunError
 from detector.files import os_error_text
+from detector.text import printable
 
 LOCK_NAME = ".owner.lock"
 
@@ -47,6 +48,10 @@ def own_folder(folder: Path) -> Iterator[str | None]:
         RunError: another process owns the folder, or it cannot be written to; the message names both.
     """
     existed = folder.exists()
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError:  # TensorBoard cannot write to it
+        raise RunError(f"--output-dir must be a name in UTF-8, got {printable(str(folder))}; choose another") from None
     make_folder(folder)
     path, real = folder / LOCK_NAME, os.path.realpath(folder)
     if real in _owned:

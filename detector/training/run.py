@@ -21,6 +21,7 @@ from detector.datasets.opening import open_datasets
 from detector.datasets.sampling import TrainSampler
 from detector.errors import Interrupted, RunError, WorkerError
 from detector.evaluation.self_check import self_check
+from detector.reports.records import require_metrics
 from detector.structures import Batch
 from detector.training.checkpoints import (
     BEST,
@@ -64,6 +65,7 @@ class Run:
     window: LogWindow
     nonfinite: NonfiniteSteps
     profiler: StepProfiler
+    stop: StopRequest
     saved_step: int | None
     """Step of the last complete checkpoint."""
 
@@ -87,14 +89,14 @@ class Run:
                 self.save()
             raise
 
-    def stop_if_requested(self, request: StopRequest) -> None:
+    def stop_if_requested(self) -> None:
         """Save and stop if any process received a signal.
 
         Raises:
             Interrupted: on all processes before the same step.
             DatasetError: too many images of the epoch became unreadable.
         """
-        signum = agree_to_stop(request, self.reader)
+        signum = agree_to_stop(self.stop, self.reader)
         if signum is not None:
             self.save()
             distributed.barrier()  # torchrun ends all as soon as one exits, so none may exit while rank 0 writes
@@ -193,8 +195,9 @@ class Run:
         """
         if distributed.rank() == 0:
             write_with_retries(
-                write, timeout=self.config.train.save_timeout, saved_step=self.saved_step, warn=self.log.warn
-            )
+                write, timeout=self.config.train.save_timeout, saved_step=self.saved_step, warn=self.log.warn,
+                hurry=lambda: self.stop.signum is not None,
+            )  # fmt: skip
 
 
 def load_states(
@@ -224,7 +227,13 @@ def load_states(
 
 @contextlib.contextmanager
 def open_run(
-    config: Config, output_dir: Path, *, resumed: TrainState | None, source: TrainState | None, device: torch.device
+    config: Config,
+    output_dir: Path,
+    *,
+    resumed: TrainState | None,
+    source: TrainState | None,
+    device: torch.device,
+    stop: StopRequest,
 ) -> Iterator[Run]:
     """Open the data, build everything, report it, and check that a step will work; config.yaml is written last.
 
@@ -233,6 +242,7 @@ def open_run(
         output_dir: its folder.
         resumed, source: from `load_states`.
         device: to train on.
+        stop: whether a signal asked the run to stop.
 
     Raises:
         RunError, ConfigError, DatasetError, WeightsError: user errors, before anything that looks like a run is
@@ -305,6 +315,7 @@ def open_run(
             LogWindow(device, state.unlogged),
             NonfiniteSteps(output_dir, learner=learner, reader=reader, state=state, log=log),
             StepProfiler(trace_steps, output_dir / "trace.json.gz", device),
+            stop,
             saved_step=resumed.step if resumed is not None else None,
         )
     finally:
@@ -315,7 +326,7 @@ def finished_metrics(output_dir: Path) -> dict[str, Any]:
     """Read the metrics.json of a finished run.
 
     Raises:
-        RunError: there is none.
+        RunError: there is none, or it is damaged.
     """
     path = output_dir / "metrics.json"
     if not path.exists():
@@ -325,6 +336,8 @@ def finished_metrics(output_dir: Path) -> dict[str, Any]:
         )
     try:
         metrics: dict[str, Any] = read_json(path)
+        if not isinstance(metrics, dict) or "AP" in metrics:  # without data.val, it holds only that of a test
+            require_metrics(metrics, path)
     except RunError as error:
         best = checkpoint_folder(output_dir) / BEST
         raise RunError(f"{error}; the weights are safe: evaluate {best} with tools/eval.py") from None

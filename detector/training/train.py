@@ -42,7 +42,7 @@ def train(config: Config, output_dir: Path, *, resume: str | None = None) -> dic
         if resumed is not None and resumed.finished:
             return finished_metrics(output_dir)
         with (
-            open_run(config, output_dir, resumed=resumed, source=source, device=device) as run,
+            open_run(config, output_dir, resumed=resumed, source=source, device=device, stop=stop) as run,
             how_to_resume(output_dir),
         ):
             if warning is not None:
@@ -51,7 +51,7 @@ def train(config: Config, output_dir: Path, *, resume: str | None = None) -> dic
             for epoch in run.remaining_epochs():
                 with explain_out_of_memory(run.config, run.learner, run.reader.sampler, run.state):
                     for micro_batches in run.remaining_steps(epoch):
-                        run.stop_if_requested(stop)
+                        run.stop_if_requested()
                         run.schedule_lr()
                         result = None
                         while result is None:  # again, in smaller parts, if memory runs out
@@ -64,7 +64,7 @@ def train(config: Config, output_dir: Path, *, resume: str | None = None) -> dic
                     run.state.evaluation_due = True
                     run.save()  # an evaluation may take long, and a signal must not wait for its end
                     with explain_evaluation_out_of_memory(run.config):
-                        validate(run, epoch + 1, stop)
+                        validate(run, epoch + 1)
                     run.state.evaluation_due = False
                 run.state.finished = run.finishes_after(epoch)
                 if run.val_set is None:

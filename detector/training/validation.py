@@ -26,16 +26,14 @@ from detector.structures import Detections
 from detector.training.checkpoints import holds_best, load_best
 from detector.training.logger import duration
 from detector.training.run import Run, finished_metrics
-from detector.training.signals import StopRequest
 
 
-def validate(run: Run, epoch: int, stop: StopRequest) -> None:
+def validate(run: Run, epoch: int) -> None:
     """Evaluate on the validation set, log, and save best.pt if AP is the highest yet.
 
     Args:
         run: at the end of an epoch; it has a validation set.
         epoch: number of finished epochs.
-        stop: checked between batches.
 
     Raises:
         Interrupted: a signal arrived. (One of several processes continues to the end: the others wait for it.)
@@ -47,8 +45,8 @@ def validate(run: Run, epoch: int, stop: StopRequest) -> None:
     def progress(done: int, total: int) -> None:
         if show is not None:
             show(done, total)
-        if stop.signum is not None and distributed.world_size() == 1:
-            raise Interrupted(stop.signum)
+        if run.stop.signum is not None and distributed.world_size() == 1:
+            raise Interrupted(run.stop.signum)
 
     started = time.monotonic()
     for model in {id(m): m for m in (learner.model, learner.evaluated_model)}.values():

@@ -180,8 +180,8 @@ def error_summary(error: BaseException) -> str:
     """Return the informative line of an error; torch's long messages are mostly advice to load the file regardless."""
     lines = [printable(line.strip(), 500) for line in str(error).splitlines()]
     informative = [line for line in lines if line and "weights_only" not in line and "Weights only load" not in line]
-    if not informative:
-        return type(error).__name__
+    if not informative or isinstance(error, LookupError):  # whose text is only the key
+        return type(error).__name__ + "".join(f" {line}" for line in informative[:1])
     summary = informative[0].removeprefix("WeightsUnpickler error: ")
     for advice in (" Please use", ". This is an internal miniz error"):
         summary = summary.partition(advice)[0]

@@ -557,9 +557,7 @@ def test_a_missing_engine_is_reported_with_the_other_one(
     engine: Engine, module: str, other: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(
-        UserError, match=rf"eval.engine={engine} needs {engine}: .*pip install {engine}, .*={other}"
-    ):
+    with pytest.raises(UserError, match=rf"eval.engine={engine} needs {engine}: .*pip install {engine}, .*={other}"):
         evaluate(make_ground_truth([], [1]), make_results([]), engine=engine)
 
 

@@ -245,7 +245,7 @@ def test_one_file_that_cannot_be_written_does_not_stop_the_others(
     (tmp_path / "out" / "b.jpg").mkdir(parents=True)
     summary = predict(predictor, find_images([str(inputs)]), tmp_path / "out")
     assert (summary.predicted, summary.undrawn, summary.exit_code) == (3, 1, 2)
-    assert "error: 1 images are not drawn:\n" in summary.report()
+    assert "error: 1 image is not drawn:\n" in summary.report()
     assert [line["drawn"] for line in lines_of(tmp_path / "out")] == ["a.jpg", None, "c.jpg"]
     assert {record["image_id"] for record in results_of(tmp_path / "out")} == {0, 1, 2}
 

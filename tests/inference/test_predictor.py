@@ -116,7 +116,7 @@ def test_an_unreadable_file_is_reported_and_does_not_stop_the_others(
     assert code == 2
     assert {r["image_id"] for r in found} == {0, 2}
     error = capsys.readouterr().err
-    assert "error: 1 inputs are unreadable" in error
+    assert "error: 1 input is unreadable" in error
     assert str(images / "a" / "x.png") in error
 
 

@@ -13,7 +13,7 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 from detector.config import Backbone, Norm
-from detector.models.convolution import FrozenBatchNorm2d
+from detector.models.convolution import FrozenBatchNorm2d, GroupNorm
 from detector.models.resnet import ARCHITECTURES, STAGES, ResNet
 
 NAMES = get_args(Backbone)
@@ -100,7 +100,7 @@ def test_frozen_batch_norm_equals_torchvisions(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_norm_is_used_throughout_with_its_eps(norm: Norm) -> None:
     kinds = {
-        "frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d, "sync_bn": nn.SyncBatchNorm, "gn": nn.GroupNorm
+        "frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d, "sync_bn": nn.SyncBatchNorm, "gn": GroupNorm
     }  # fmt: skip
     norms = [m for name, m in resnet(norm=norm, eps=1e-3).named_modules() if "bn" in name or "downsample.1" in name]
     assert len(norms) == 20
@@ -171,3 +171,11 @@ def test_recomputed_activations_give_the_same_gradients_from_less_memory(name: s
         gradients.append([p.grad.clone() for p in backbone.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert kept[1] < 0.5 * kept[0]
+
+
+def test_group_norm_is_defined_for_a_single_value_per_group_and_else_equals_torchs() -> None:
+    norm = GroupNorm(32, 32)
+    nn.init.normal_(norm.bias)
+    torch.testing.assert_close(norm(torch.randn(1, 32, 1, 1)), norm.bias.view(1, 32, 1, 1), atol=1e-3, rtol=0)
+    x = torch.randn(2, 32, 3, 5)
+    assert torch.equal(norm(x), nn.functional.group_norm(x, 32, norm.weight, norm.bias, norm.eps))

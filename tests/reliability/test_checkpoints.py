@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,45 @@ def test_the_error_after_the_last_attempt_states_what_is_safe(saved: int | None,
 
     with pytest.raises(RunError, match=rf"the disk is full; tried for 0 s \(train\.save_timeout\); {safe}"):
         write_with_retries(write, timeout=0, saved_step=saved, warn=print)
+
+
+def test_an_error_that_no_waiting_ends_is_not_waited_for() -> None:
+    def write() -> None:
+        raise RunError("last.pt is a folder") from IsADirectoryError(errno.EISDIR, "Is a directory")
+
+    with pytest.raises(RunError, match=r"last\.pt is a folder; the checkpoint of step 3 is safe"):
+        write_with_retries(write, timeout=1000, saved_step=3, warn=print)
+
+
+def test_a_signal_leaves_little_time_for_further_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints_module, "HURRIED_TIMEOUT", 0.3)
+    attempts, started = [], time.monotonic()
+
+    def write() -> None:
+        attempts.append(time.monotonic())
+        raise RunError("the disk is full")
+
+    with pytest.raises(RunError, match=r"the disk is full; .*; the checkpoint of step 3 is safe"):
+        write_with_retries(write, timeout=1000, saved_step=3, warn=print, hurry=lambda: bool(attempts))
+    assert len(attempts) == 2
+    assert time.monotonic() - started < 100
+
+
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "dangling link"])
+def test_what_is_no_checkpoint_in_the_newest_ones_place_is_a_warning(kind: str, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_last(state(step), tmp_path, keep=2)
+    last = tmp_path / "checkpoints" / "last.pt"
+    last.unlink()
+    if kind == "folder":
+        last.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(last)
+    else:
+        last.symlink_to("x")
+    loaded = load_newest(tmp_path)
+    assert loaded is not None
+    assert (loaded[0].step, loaded[1].name, len(loaded[2])) == (1, "last-1.pt", 1)
 
 
 def test_too_little_room_for_the_checkpoints_is_an_error_before_the_first_step(

@@ -198,7 +198,11 @@ def test_damaged_records_are_left_out_when_a_run_resumes(line: bytes, tmp_path: 
     assert warnings == [f"2 damaged lines of {path} are left out"]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"AP": 0.1', b"\xff", b'{"format": "x"}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"AP": 0.1', b"\xff", b'{"format": "x"}', b"[" * 100_000, b"[1]", b'{"AP": NaN}', b'{"AP": 0.1}',
+     b'{"AP": 1e999, "AP50": 0.1, "per_class": []}'],
+)  # fmt: skip
 def test_a_damaged_metrics_json_of_a_finished_run_is_one_error(
     content: bytes, whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -155,13 +155,12 @@ def kill_and_resume(case: int, run: CellRun, folder: Path, *, length: float = 3.
             time.sleep(0.0005)
         if victim.is_alive() and victim.pid is not None:
             os.kill(victim.pid, signum)
-        time.sleep(0.01)
-        if run.processes == 2 and signum == signal.SIGKILL:  # torchrun ends the others
-            for process in processes:
-                if process is not victim and process.is_alive() and process.pid is not None:
-                    os.kill(process.pid, signal.SIGTERM)
-                    process.join(20)
-                    process.kill()
+        victim.join(60)
+        for other in processes:  # which torchrun ends when one has ended
+            if other is not victim and other.is_alive() and other.pid is not None:
+                os.kill(other.pid, signal.SIGTERM)
+                other.join(20)
+                other.kill()
         codes = wait(processes, log, seconds=300)
         report.append(f"{signum.name} {kind}: exit codes {codes}, step {last_record(out).get('step')}")
         assert all(code in (0, -signum, 128 + signum, -signal.SIGKILL) or run.processes == 2 for code in codes), report

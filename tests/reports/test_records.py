@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from detector.errors import RunError
-from detector.experiments.finished_runs import read_metrics
 from detector.reports.plots import plot_runs
-from detector.reports.records import read_records
+from detector.reports.records import read_metrics, read_records
 
 TRAINING = b'{"step": 1, "epoch": 0.5, "loss": 2.5, "lr": 0.1}\n'
 VALIDATION = b'{"step": 2, "epoch": 1.0, "split": "val", "AP": 0.25, "AP50": 0.5}\n'

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from detector.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from detector.cli import require_checkpoint
 from detector.config import Config
 from detector.config_yaml import load_config
 from detector.errors import CheckpointError, RunError
@@ -97,6 +98,9 @@ def test_a_missing_checkpoint_names_those_that_are_there(tmp_path: Path) -> None
     save_checkpoint(state(), tmp_path / "best.pt")
     with pytest.raises(CheckpointError, match=r"bset\.pt does not exist; there is .*best\.pt"):
         load_checkpoint(tmp_path / "bset.pt")
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(CheckpointError, match=r"folder\.pt cannot be read: is a folder, not a file"):
+        require_checkpoint(tmp_path / "folder.pt")
     with pytest.raises(CheckpointError, match="does not exist"):
         load_checkpoint(tmp_path / "nowhere" / "best.pt")
 
@@ -124,7 +128,7 @@ def test_a_damaged_checkpoint_is_named(size: int, tmp_path: Path) -> None:
     save_checkpoint(state(), tmp_path / "a.pt")
     whole = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "a.pt").write_bytes(whole[:size])
-    with pytest.raises(CheckpointError, match=r"checkpoint .*a\.pt cannot be read, it may be damaged: "):
+    with pytest.raises(CheckpointError, match=r"checkpoint .*a\.pt (cannot be read, it may be damaged: |is empty)"):
         load_checkpoint(tmp_path / "a.pt")
 
 
