@@ -10,6 +10,7 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
     (b"<!doctype html", "is a web page: a download that needed a login or failed; download it again"),
     (b"<html", "is a web page: a download that needed a login or failed; download it again"),
     (b"<?xml", "is an XML file"),
+    (b"<", "is an XML file"),
     (b"PK\x03\x04", "is a zip archive; unpack it"),
     (b"\x1f\x8b", "is compressed with gzip; unpack it with `gunzip`"),
     (b"7z\xbc\xaf\x27\x1c", "is a 7z archive; unpack it"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from detector.atomic import write_json
 from detector.datasets.coco_json import load_json, require_coco
+from detector.datasets.ids import id_key
 from detector.errors import DatasetError, UserError
 from detector.text import printable
 
@@ -26,9 +27,9 @@ class Stratification(NamedTuple):
     """The part of every image, and the images of every category."""
 
     part_of: dict[str, int]
-    """Index of the part, by the `repr` of the image id."""
+    """Index of the part, by `_key` of the image id."""
     images_with: dict[str, list[str]]
-    """Images (of different files) that have an annotation of a category, by the `repr` of the category id."""
+    """Images (of different files) that have an annotation of a category, by `_key` of the category id."""
 
 
 def split_file(
@@ -108,7 +109,7 @@ def write_folds(annotations: Path, k: int, *, output_dir: Path, seed: int = 0) -
     for i, fold in enumerate(folds):
         write_json(_select(content, part_of, {None, *range(k)} - {i}), fold.train, compact=True)
         write_json(_select(content, part_of, {i}), fold.val, compact=True)
-    names = {repr(c.get("id")): printable(str(c.get("name"))) for c in content["categories"] if isinstance(c, dict)}
+    names = {_key(c.get("id")): printable(str(c.get("name"))) for c in content["categories"] if isinstance(c, dict)}
     warnings = [
         f"{annotations.name}: class {names.get(category) or printable(category)} is in {len(images)} "
         f"image{'s' * (len(images) > 1)}, fewer than {k} folds: in a fold without it, its AP is undefined and left "
@@ -136,13 +137,13 @@ def stratify(content: dict[str, Any], shares: Sequence[float], *, seed: int) -> 
     group_of: dict[str, str] = {}  # all images of a file -> its first image
     for image in content["images"]:
         if isinstance(image, dict):
-            key = repr(image.get("id"))
+            key = _key(image.get("id"))
             group_of.setdefault(key, first_of_file.setdefault(repr(image.get("file_name", key)), key))
     groups = list(dict.fromkeys(group_of.values()))
     categories_of: defaultdict[str, dict[str, None]] = defaultdict(dict)  # an ordered set
     for annotation in content["annotations"]:
-        if isinstance(annotation, dict) and (key := repr(annotation.get("image_id"))) in group_of:
-            categories_of[group_of[key]][repr(annotation.get("category_id"))] = None
+        if isinstance(annotation, dict) and (key := _key(annotation.get("image_id"))) in group_of:
+            categories_of[group_of[key]][_key(annotation.get("category_id"))] = None
     order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
     images_with: defaultdict[str, list[str]] = defaultdict(list)
     for group in order:
@@ -171,6 +172,12 @@ def stratify(content: dict[str, Any], shares: Sequence[float], *, seed: int) -> 
     return Stratification({key: part_of_group[group] for key, group in group_of.items()}, dict(images_with))
 
 
+def _key(value: Any) -> str:
+    """A text for an id, the same for all ways to write it; other values have one, too."""
+    key = id_key(value)
+    return repr(value if key is None else key)
+
+
 def _select(content: dict[str, Any], part_of: Mapping[str, int], parts: Collection[int | None]) -> dict[str, Any]:
     """Return a COCO file's content with the images and annotations of `parts` only; None: those without an image."""
     selected = {key: value for key, value in content.items() if key not in ("images", "annotations")}
@@ -178,6 +185,6 @@ def _select(content: dict[str, Any], part_of: Mapping[str, int], parts: Collecti
         selected[kind] = [
             entry
             for entry in content[kind]
-            if (part_of.get(repr(entry.get(field))) if isinstance(entry, dict) else None) in parts
+            if (part_of.get(_key(entry.get(field))) if isinstance(entry, dict) else None) in parts
         ]
     return selected

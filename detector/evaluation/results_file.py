@@ -239,7 +239,7 @@ def _problems_of_record(record: object, *, has_image: bool, has_category: bool) 
         yield "keys missing", missing
     for key, known in (("image_id", has_image), ("category_id", has_category)):
         if key in record and not known:
-            yield f"{key} {'unknown' if _is_id(record[key]) else 'is no id'}", record[key]
+            yield f"{key} {'is no id' if id_key(record[key]) is None else 'unknown'}", record[key]
     if "score" in record and not _is_finite(number_in(record["score"])):
         yield "score not finite", record["score"]
     if "bbox" in record:
@@ -256,7 +256,3 @@ def _problems_of_record(record: object, *, has_image: bool, has_category: bool) 
 
 def _is_finite(value: float | None) -> bool:
     return value is not None and -sys.float_info.max <= value <= sys.float_info.max
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, int | float | str) and not isinstance(value, bool) and bool(str(value).strip())

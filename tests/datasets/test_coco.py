@@ -114,7 +114,7 @@ def test_the_evaluation_reference_opens_without_its_images(shared: Path) -> None
 
 
 MESSY: list[tuple[str, str, dict[str, int], int]] = [
-    ("messy_coad", "train", {"missing image": 1, "box partly outside": 200}, 368),
+    ("messy_coad", "train", {"missing image": 1, "box partly outside": 200, "unused category": 1}, 368),
     (
         "messy_mix",
         "train",
@@ -125,6 +125,7 @@ MESSY: list[tuple[str, str, dict[str, int], int]] = [
             "box outside image": 8,  # 53 boxes leave their image
             "box partly outside": 45,
             "duplicate file name": 2,
+            "unused category": 1,
         },
         66,
     ),
@@ -186,8 +187,8 @@ def test_messy_datasets_are_refused_with_every_problem_and_open_with_on_error_sk
 @pytest.mark.parametrize(
     ("name", "split", "expected"),
     [
-        ("messy_coad", "val", {"box partly outside": 2}),
-        ("messy_mix", "val", {"box of zero size": 1, "box partly outside": 2}),
+        ("messy_coad", "val", {"box partly outside": 2, "unused category": 1}),
+        ("messy_mix", "val", {"box of zero size": 1, "box partly outside": 2, "unused category": 2}),
     ],
 )
 def test_box_problems_alone_do_not_refuse_but_are_printed(
