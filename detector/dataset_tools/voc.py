@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from detector.atomic import write_json
+from detector.datasets.image_formats import SUFFIXES
 from detector.datasets.images import ImageHeader, read_header
 from detector.datasets.problems import ANNOTATION_LEFT_OUT, IMAGE_LEFT_OUT, Problem, problem
 from detector.errors import ImageError, UserError
 from detector.files import os_error_reason, read_bytes
 from detector.text import cut, printable, shown
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_XML_BYTES = 16 * 2**20  # one megabyte holds thousands of objects; a larger file is not an annotation
 
 
@@ -289,7 +289,7 @@ def _number(element: ET.Element, path: str, missing: list[str]) -> float:
 
 def _find_image(images: Path, name: str, problems: list[Problem]) -> tuple[str, ImageHeader] | None:
     """Return the image's file name relative to `images` and its header; report a missing or unreadable image."""
-    for suffix in (form for lower in IMAGE_SUFFIXES for form in (lower, lower.upper())):
+    for suffix in (form for lower in SUFFIXES for form in (lower, lower.upper())):
         path = images / f"{name}{suffix}"
         if not os.path.isfile(path):
             continue
@@ -298,7 +298,7 @@ def _find_image(images: Path, name: str, problems: list[Problem]) -> tuple[str, 
         except ImageError as error:
             problems.append(problem("undecodable image", name, str(error)))
             return None
-    text = f"image must exist as {images / name} with one of {' '.join(IMAGE_SUFFIXES)}, got no file"
+    text = f"image must exist as {images / name} with one of {' '.join(SUFFIXES)}, got no file"
     problems.append(problem("missing image", name, text))
     return None
 

@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detector.config import Exif, Verify
+from detector.datasets.file_names import find_files, is_absolute, last_parts
 from detector.datasets.image_check import BAD, GOOD, MISSING, ImageFacts, check_images
 from detector.datasets.images import DEEP_GREY
 from detector.datasets.problems import Problem, problem
 from detector.datasets.store import FolderStore, ImageStore
 from detector.datasets.tables import ImageTable
+from detector.text import shown
 
 DECODE_UP_TO = 5_000
 """With `verify="auto"`: decode every image of datasets up to this size (a minute at most), above it read headers."""
@@ -48,10 +50,15 @@ def check_files(
         for i in np.flatnonzero(images.kept & unsized).tolist():
             problems.append(problem("no image size", images.where(i), "no usable width and height"))
         return FileChecks(ExifDecision(exif == "apply", "no images, nothing to rotate"))
+    if isinstance(store, FolderStore):
+        _use_last_parts(images, store.root, problems)
     _check_names(images, store, problems)
     decode = verify == "decode" or (verify == "auto" and len(images.ids) <= DECODE_UP_TO)
     which = images.kept & (unsized | (verify != "none"))
     facts = check_images(store, images.names, which, decode=decode, progress=progress)
+    if isinstance(store, FolderStore) and (facts.status == MISSING).any():
+        renamed = _use_similar_names(images, store.root, facts.status == MISSING, problems)
+        _update(facts, check_images(store, images.names, renamed, decode=decode, progress=False), renamed)
     decision = decide_exif(exif, images, facts, checked=verify != "none", where=where, problems=problems)
     _compare(images, facts, store, decision.apply, problems)
     note = "not checked (data.verify=none)" if verify == "none" else _files_note(facts, images.kept, decode)
@@ -59,6 +66,43 @@ def check_files(
     if isinstance(store, FolderStore) and (facts.status == MISSING).any():
         missing = store.root, images.names[int((facts.status == MISSING).argmax())]
     return FileChecks(decision, note, missing)
+
+
+def _use_last_parts(images: ImageTable, root: Path, problems: list[Problem]) -> None:
+    """Replace absolute paths and URLs by their last parts, if every one is a file of the folder."""
+    absolute = [i for i in np.flatnonzero(images.kept).tolist() if is_absolute(images.names[i])]
+    parts = last_parts(images.names[i] for i in absolute)
+    if parts is None or not all(os.path.isfile(root / part) for part in parts if _encodable(part)):
+        return
+    for i, part in zip(absolute, parts, strict=True):
+        _rename(images, i, part, problems)
+
+
+def _use_similar_names(
+    images: ImageTable, root: Path, missing: NDArray[np.bool_], problems: list[Problem]
+) -> NDArray[np.bool_]:
+    """Replace names of missing files by those of files that are written in another way; returns which."""
+    rows = np.flatnonzero(missing).tolist()
+    taken = [images.names[i] for i in np.flatnonzero(~missing).tolist()]
+    found = find_files(root, [images.names[i] for i in rows], taken=taken)
+    renamed = np.zeros(len(missing), bool)
+    for i in rows:
+        if images.names[i] in found:
+            _rename(images, i, found[images.names[i]], problems)
+            renamed[i] = True
+    return renamed
+
+
+def _rename(images: ImageTable, i: int, name: str, problems: list[Problem]) -> None:
+    problems.append(problem("file name written differently", images.where(i), f"the file is {shown(name)}"))
+    images.names[i] = name
+
+
+def _update(facts: ImageFacts, others: ImageFacts, rows: NDArray[np.bool_]) -> None:
+    """Replace some rows of facts by others."""
+    for name in ("status", "sizes", "orientations", "modes", "peaks"):
+        getattr(facts, name)[rows] = getattr(others, name)[rows]
+    facts.reasons.update(others.reasons)
 
 
 def _check_names(images: ImageTable, store: ImageStore, problems: list[Problem]) -> None:
@@ -160,7 +204,7 @@ def _compare(
 ) -> None:
     """Drop images that are missing, undecodable or of another size than declared; then fill in sizes."""
     for i in np.flatnonzero(facts.status == MISSING).tolist():
-        images.drop(i, problems, "missing image", f"no such file: {store.describe(images.names[i])}")
+        images.drop(i, problems, "missing image", _why_missing(store, images.names[i]))
     for i in np.flatnonzero(facts.status == BAD).tolist():
         images.drop(i, problems, "undecodable image", facts.reasons[i])
     good = facts.status == GOOD
@@ -188,6 +232,13 @@ def _compare(
         top = int(facts.peaks[deep].max())
         detail = f"{int(deep.sum()):,} images whose brightest pixel becomes {top} of 255: 10-bit or 12-bit values?"
         problems.append(problem("dark 16-bit images", "images", detail))
+
+
+def _why_missing(store: ImageStore, name: str) -> str:
+    path = store.describe(name)
+    if isinstance(store, FolderStore) and os.path.islink(path):
+        return f"{path} is a link to {os.readlink(path)}, which does not exist"
+    return f"no such file: {path}"
 
 
 def _files_note(facts: ImageFacts, kept: NDArray[np.bool_], decoded: bool) -> str:

@@ -38,6 +38,7 @@ from detector.datasets.image_budget import (
     require_few_scans,
     require_memory,
 )
+from detector.datasets.image_formats import FORMATS
 from detector.datasets.store import FILES, ImageStore
 from detector.errors import ImageError, RunError
 from detector.file_kinds import LONGEST, other_kind
@@ -45,7 +46,6 @@ from detector.files import os_error_remedy
 from detector.text import printable
 
 # Formats that are recognized by their first bytes, and whose decoders only decode. Some other formats start programs.
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")
 _READ_IN_PARTS = tuple(name for name in FORMATS if name not in ("WEBP", "AVIF"))
 
 LONGEST_NAME = 1_000

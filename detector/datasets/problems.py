@@ -102,6 +102,7 @@ KINDS = {
     "id that is no integer": Kind("note", "numbered; results are written with the file's own ids"),
     "class name written as number": Kind("note", "used as a text"),
     "file name from coco_url": Kind("note", "the last part of the URL used"),
+    "file name written differently": Kind("note", "the file found used"),
     "unused category": Kind("note", "no class of its own"),
     "unprintable class name": Kind("note", "characters that cannot be printed are written as escapes"),
     "duplicate file name": Kind("note", "both images kept"),

@@ -7,11 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from detector.datasets.image_formats import is_image_name
 from detector.errors import InputError
 from detector.text import printable
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
-"""Files in folders with these suffixes are used; files named one by one may have any name."""
 
 MAX_SHOWN, MAX_SHOWN_NAME = 12, 250
 """Inputs that an error lists, and characters of each."""
@@ -19,6 +17,8 @@ MAX_SHOWN, MAX_SHOWN_NAME = 12, 250
 
 def find_images(inputs: Sequence[str], *, output_dir: Path | None = None) -> list[Path]:
     """The files that names, folders (searched recursively) and globs refer to, each once, in order.
+
+    In folders, the files that are images by their name are used; files that are named one by one may have any name.
 
     Raises:
         InputError: an input that refers to no image (all of them are listed); or images in `output_dir`, which drawn
@@ -28,7 +28,7 @@ def find_images(inputs: Sequence[str], *, output_dir: Path | None = None) -> lis
     problems = []
     for text in inputs:
         if os.path.isdir(text):
-            matches = sorted(p for p in Path(text).rglob("*") if p.suffix.lower() in SUFFIXES)
+            matches = sorted(path for path in Path(text).rglob("*") if is_image_name(path.name))
         elif os.path.lexists(text):
             matches = [Path(text)]
         else:

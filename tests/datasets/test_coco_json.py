@@ -30,7 +30,7 @@ REFUSED: list[tuple[str, Json, int, int]] = [
     ("duplicate image id", with_entry("images", {"id": 5, "file_name": "c.jpg"}), 2, 3),
     ("unsafe file name", altered("images", 0, file_name=""), 1, 2),
     ("unsafe file name", altered("images", 0, file_name="/etc/passwd"), 1, 2),
-    ("unsafe file name", altered("images", 0, file_name="C:\\a.jpg"), 1, 2),
+    ("unsafe file name", altered("images", 0, file_name="C:\\c.jpg"), 1, 2),
     ("unsafe file name", altered("images", 0, file_name="../images/../../x.jpg"), 1, 2),
     ("unsafe file name", altered("images", 0, file_name=".."), 1, 2),
     ("unsafe file name", altered("images", 0, file_name="a\0.jpg"), 1, 2),
