@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from detector.checkpoint import load_checkpoint
+from detector.checkpoint import TrainState, load_checkpoint
 from detector.config_yaml import load_config
 from detector.errors import RunError
 from detector.training import checkpoints as checkpoints_module
+from detector.training.checkpoints import save_best, save_last
 from detector.training.record_writers import JsonLinesWriter
 from detector.training.train import train
 from tests.conftest import Run
@@ -92,9 +95,39 @@ def fails_once(part: str, first: int, whole: Run, folder: Path, number: int = FU
 @pytest.mark.long
 @pytest.mark.parametrize("number", [FULL, IO_ERROR])
 @pytest.mark.parametrize("part", ["last.pt", "best.pt", "model.pt", "metrics.json.", "config.yaml"])
-def test_at_each_write_of_each_file(part: str, number: int, whole: Run, tmp_path: Path) -> None:
-    for first in range(writes_of(part, whole, tmp_path)):
+def test_a_run_survives_faults_at_ten_writes_of_each_file(part: str, number: int, whole: Run, tmp_path: Path) -> None:
+    count = writes_of(part, whole, tmp_path)
+    for first in random.Random(part).sample(range(count), min(10, count)):
         fails_once(part, first, whole, tmp_path, number)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [FULL, IO_ERROR])
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "model.pt"])
+def test_a_fault_at_each_write_of_a_checkpoint_leaves_the_one_before(
+    name: str, number: int, whole: Run, tmp_path: Path
+) -> None:
+    newer = last_checkpoint(whole.out)
+    older = replace(newer, step=newer.step - 1)
+
+    def save(state: TrainState) -> None:
+        save_last(state, tmp_path, keep=1) if name == "last.pt" else save_best(state, tmp_path)
+
+    save(older)
+    with faulty_disk(FaultyDisk(f".{name}")) as disk:
+        save(older)
+    assert disk.writes > 20
+    for first in range(disk.writes):
+        faults = FaultyDisk(f".{name}", first=first, times=1, number=number)
+        with faulty_disk(faults), pytest.raises(RunError, match=f"{name} cannot be written"):
+            save(newer)
+        assert faults.failed == 1
+        assert load_checkpoint(tmp_path / "checkpoints" / name).step == older.step
+        assert [path.name for path in tmp_path.rglob(".*")] == []
+        if name == "model.pt":
+            save(older)  # best.pt, which is written before, is newer
+    save(newer)
+    assert load_checkpoint(tmp_path / "checkpoints" / name).step == newer.step
 
 
 @pytest.mark.parametrize(
