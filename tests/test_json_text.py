@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import json
 from typing import Any
 
@@ -60,3 +61,29 @@ def test_the_garbage_collector_is_left_as_it_was(enabled: bool) -> None:
         assert gc.isenabled() == enabled
     finally:
         (gc.enable if before else gc.disable)()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_text_packed_with_gzip_is_unpacked(encoding: str) -> None:
+    assert parse_json(gzip.compress('{"a": "é"}'.encode(encoding))) == {"a": "é"}
+
+
+@pytest.mark.parametrize(
+    ("packed", "problem"),
+    [
+        (gzip.compress(b"[" + b" " * 10**7 + b"]"), "gzip data that unpack to more than 100 times their size"),
+        (gzip.compress(b"[1, 2, 3]")[:-9], "gzip data that are damaged or cut off"),
+        (b"\x1f\x8bnothing", "gzip data that are damaged or cut off"),
+    ],
+)
+def test_gzip_data_that_are_damaged_or_vast_are_an_error(packed: bytes, problem: str) -> None:
+    with pytest.raises(JsonError, match=problem):
+        parse_json(packed)
+
+
+@pytest.mark.parametrize("lines", [b'{"a": 1}\n{"a": 2}\n', b"[1]\r\n[2]\r\n"])
+def test_one_object_per_line_is_named(lines: bytes) -> None:
+    with pytest.raises(JsonError, match="one JSON object per line"):
+        parse_json(lines)
+    with pytest.raises(JsonError, match="Extra data"):
+        parse_json(lines.splitlines()[0] + b" x")
