@@ -13,5 +13,5 @@ SUFFIXES = (
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of a folder is an image by its name; hidden files, such as macOS's `._NAME`, are none."""
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    """Whether a file of a folder is an image by its name; macOS's companions, `._NAME`, are none."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith("._")
