@@ -69,10 +69,12 @@ def check_files(
 
 
 def _use_last_parts(images: ImageTable, root: Path, problems: list[Problem]) -> None:
-    """Replace absolute paths and URLs by their last parts, if every one is a file of the folder."""
+    """Replace absolute paths and URLs by their last parts, if each is a file of the folder and no other image's."""
     absolute = [i for i in np.flatnonzero(images.kept).tolist() if is_absolute(images.names[i])]
     parts = last_parts(images.names[i] for i in absolute)
-    if parts is None or not all(os.path.isfile(root / part) for part in parts if _encodable(part)):
+    if not parts or not all(_encodable(part) and os.path.isfile(root / part) for part in parts):
+        return
+    if not set(parts).isdisjoint(images.names):
         return
     for i, part in zip(absolute, parts, strict=True):
         _rename(images, i, part, problems)

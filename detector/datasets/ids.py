@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ def id_key(value: object) -> int | str | None:
     return None
 
 
-def fits(key: int | str | None) -> bool:
+def fits(key: int | str | None) -> TypeGuard[int]:
     """Whether a key is an integer of 64 bits."""
     return type(key) is int and -(2**63) <= key < 2**63
 
@@ -52,15 +52,15 @@ class Ids:
         if set(map(type, declared)) <= {int} and all(map(fits, declared)):
             return
         keys = [id_key(value) for value in declared]
-        free = max((key for key in keys if fits(key)), default=0)  # type: ignore[type-var]
+        free = max((key for key in keys if fits(key)), default=0)
         for value, key in zip(declared, keys, strict=True):
             if key is None or (type(value) is int and fits(value)):
                 continue
             number = key if fits(key) else self._numbers.get(key)
             if number is None:
-                free = free + 1 if free < 2**63 - 1 else -(2**63)  # type: ignore[operator]
-                number = self._numbers[key] = int(free)
-            self.originals.setdefault(number, value)  # type: ignore[arg-type]
+                free = free + 1 if free < 2**63 - 1 else -(2**63)
+                number = self._numbers[key] = free
+            self.originals.setdefault(number, value)
 
     @property
     def numbered(self) -> int:

@@ -62,8 +62,8 @@ def areas(values: list[Any]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
 
 def number_in(value: object) -> float | None:
     """Read a number, also one that is written as text; None for anything else."""
-    if type(value) in (int, float):
-        return number(value)  # type: ignore[arg-type]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return number(value)
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else None
 
 

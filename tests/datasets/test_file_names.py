@@ -54,6 +54,10 @@ def test_files_of_another_folder_take_no_ones_place(make: Make) -> None:
         opened(make, "/train/a.jpg", "/val/a.jpg")
     with pytest.raises(DatasetError, match="file_name must be relative to the image folder"):
         opened(make, "/train/a.jpg", "/train/missing.jpg")
+    with pytest.raises(DatasetError, match="file_name must be relative to the image folder"):
+        opened(make, "/train/a.jpg", "a.jpg")
+    with pytest.raises(DatasetError, match="file_name must be relative to the image folder"):
+        opened(make, "/train/a.jpg", "/train/\ud800.jpg")
 
 
 def test_of_two_files_that_match_none_is_chosen_and_two_names_do_not_share_one(make: Make) -> None:
